@@ -1,0 +1,46 @@
+"""`Batch`: one step, flattened for the model.
+
+The scheduler hands every request some number of tokens; this is the same decision as tensors. There is no prefill and no
+decode in it: a prompt, a chunk of one, a single new token and a row of drafts differ only in how many tokens they bring.
+
+Example with block_size 4, request A computing tokens 4..6 of its prompt and request B its token 9:
+
+    token_ids    a4 a5 a6 b9        the new tokens of all requests, back to back                       [T]
+    positions     4  5  6  9        where each stands in its own sequence                              [T]
+    slots        20 21 22 37        where its K and V go: block x block_size + offset                  [T]
+    query_start   0        3  4     request r owns tokens query_start[r] : query_start[r + 1]          [R + 1]
+    seq_lens            7 10        tokens each request has in the KV cache once these are written     [R]
+    block_tables   2 5 .  1 8 9     the blocks of each request, in order                               [R, B]
+    logits_at     2 3               the tokens whose next-token logits are wanted                      [S]
+
+It is an argument of every call that needs it: nothing about a step is global.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(slots=True)
+class Batch:
+    """Index tensors on the model's device; the lists beside them are the host's own copy, so that nobody has to sync."""
+
+    token_ids: torch.Tensor  # [T] int32
+    positions: torch.Tensor  # [T] int32
+    slots: torch.Tensor  # [T] int64, block x block_size + offset
+    query_start: torch.Tensor  # [R + 1] int32
+    seq_lens: torch.Tensor  # [R] int32
+    block_tables: torch.Tensor  # [R, B] int32; entries past a request's last block are 0 and never read
+    logits_at: torch.Tensor  # [S] int64
+    query_lens_host: list[int]  # R entries
+    seq_lens_host: list[int]  # R entries
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.shape[0]
+
+    @property
+    def num_requests(self) -> int:
+        return self.seq_lens.shape[0]

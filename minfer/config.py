@@ -1,0 +1,301 @@
+"""What a user can set (`EngineConfig`) and what a checkpoint is (`ModelConfig`, `RopeConfig`).
+
+Both are frozen. The command-line flags, the server's flags and the table in the docs are generated from `EngineConfig`'s
+fields, so a setting exists in one place. `ModelConfig.from_hf` is the only reader of a Hugging Face `config.json`; the
+GGUF loader translates its metadata into the same keys and goes through it too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from minfer.errors import ConfigError, ModelLoadError
+
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+Device = Literal["auto", "cpu", "cuda"]
+PolicyName = Literal["fcfs", "priority"]
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A config field with its one-line meaning, from which flags and docs are generated."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Every switch of the engine. A bad value or combination raises `ConfigError` when the config is built."""
+
+    model: str = option("", "Short name, Hugging Face repo id, model folder or .gguf file.", positional=True)
+    tokenizer: str | None = option(None, "Folder, repo id or tokenizer file to use instead of the model's own.")
+    revision: str | None = option(None, "Branch, tag or commit of the hub repository.")
+    load_format: LoadFormat = option("auto", "How to read weights; dummy makes random ones of the named shape, with no download.")
+    dtype: DType = option("auto", "Type of weights and activations; auto takes the checkpoint's, or bfloat16 for a quantised file.")
+    device: Device = option("auto", "Where to run; auto takes a CUDA or ROCm device if there is one.")
+    backend: str = option("auto", "Kernels to use: auto (fastest that fits), reference (plain torch), or a backend's name.")
+    threads: int | None = option(None, "CPU threads (default: the physical cores this process may use).")
+    max_model_len: int | None = option(None, "Longest prompt plus output, in tokens (default: what the model was trained for).")
+    block_size: int = option(16, "Tokens in one KV-cache block.")
+    kv_cache_memory: int | None = option(None, "Bytes for the KV cache (suffixes K, M, G; default: from --memory-utilization).", bytes=True)
+    memory_utilization: float | None = option(
+        None, "Share of free memory, after the weights are loaded, that the KV cache may take (default: 0.9 on a GPU, 0.5 on the CPU)."
+    )
+    max_num_seqs: int = option(64, "Most sequences that run at the same time.")
+    max_num_batched_tokens: int = option(2048, "Token budget of one step, shared by prompts and running sequences.")
+    max_prefill_chunk: int | None = option(None, "Most prompt tokens one sequence may take from a step (default: the whole budget).")
+    prefix_caching: bool = option(True, "Keep the KV of finished prompts and reuse it for requests that begin the same way.")
+    policy: PolicyName = option("fcfs", "Order of admission and preemption: fcfs, or priority (lower runs first).")
+    seed: int | None = option(None, "Seed for requests that bring none (default: fresh entropy for each).")
+
+    def __post_init__(self) -> None:
+        for name, kind in (("load_format", LoadFormat), ("dtype", DType), ("device", Device), ("policy", PolicyName)):
+            if getattr(self, name) not in get_args(kind):
+                self._fail(name, f"must be one of {', '.join(get_args(kind))}")
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+            self._at_least_one(name)
+        for name in ("threads", "max_model_len", "kv_cache_memory", "max_prefill_chunk"):
+            if getattr(self, name) is not None:
+                self._at_least_one(name)
+        if self.block_size > 1024 or self.block_size & (self.block_size - 1):
+            self._fail("block_size", "must be a power of two up to 1024")
+        if self.memory_utilization is not None and not 0 < self.memory_utilization <= 1:
+            self._fail("memory_utilization", "must be above 0 and at most 1")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            self._fail(
+                "max_num_batched_tokens",
+                f"must be at least max_num_seqs={self.max_num_seqs}, or running sequences would starve; raise it or lower max_num_seqs",
+            )
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> EngineConfig:
+        """Builds one from keyword arguments, refusing names that are not settings."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"unknown setting {name!r}; known are {', '.join(known)}")
+        return cls(**options)
+
+    def _at_least_one(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            self._fail(name, "must be a whole number from 1")
+
+    def _fail(self, name: str, rule: str) -> None:
+        raise ConfigError(f"{name} {rule}, not {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary embedding: base frequency and how it is stretched past the trained length. Field names are the config's own.
+
+    kind: default | linear (Chen 2023) | dynamic (NTK by length) | llama3 (by wavelength) | yarn (Peng 2023).
+    """
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    original_max_position: int | None = None
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    attention_factor: float | None = None  # yarn
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool = True  # yarn: round the correction range to whole dimensions
+    freq_factors: tuple[float, ...] | None = None  # GGUF ships llama3's effect as a divisor of each frequency
+
+    KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> RopeConfig:
+        """Reads both spellings: `rope_theta` + `rope_scaling` (transformers 4), `rope_parameters` (5)."""
+        scaling = dict(config.get("rope_scaling") or {})
+        scaling.update(config.get("rope_parameters") or {})
+        kind = scaling.get("rope_type", scaling.get("type", "default")) or "default"
+        if kind not in cls.KINDS:
+            raise ModelLoadError(f"rope scaling {kind!r} in config.json is not supported; supported are {', '.join(cls.KINDS)}")
+        theta = scaling.get("rope_theta", config.get("rope_theta"))
+        original = scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+        values: dict[str, Any] = {
+            "theta": 10000.0 if theta is None else float(theta),
+            "kind": kind,
+            "original_max_position": int(original) if original else None,
+        }
+        for name in (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+        ):
+            if scaling.get(name) is not None:
+                values[name] = float(scaling[name])
+        if scaling.get("truncate") is not None:
+            values["truncate"] = bool(scaling["truncate"])
+        if config.get("rope_freq_factors") is not None:
+            values["freq_factors"] = tuple(float(f) for f in config["rope_freq_factors"])
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a decoder-only transformer, normalised: nothing behind this type meets a Hugging Face quirk."""
+
+    architecture: str  # the class name of the checkpoint, e.g. LlamaForCausalLM
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    rope: RopeConfig = RopeConfig()
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    sliding_windows: tuple[int | None, ...] = ()  # per layer; query i sees key j iff i - j < window; () = none anywhere
+    dtype: str = "bfloat16"  # what the checkpoint declares
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+                raise ModelLoadError(f"{name} in the model's config must be a positive whole number, not {value!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ModelLoadError(f"num_attention_heads={self.num_heads} is not a multiple of num_key_value_heads={self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ModelLoadError(f"head_dim={self.head_dim} is odd; rotary embeddings need pairs")
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
+        """From the dictionaries of `config.json` and `generation_config.json` (whose eos list is the fuller one)."""
+        names = config.get("architectures") or []
+        architecture = names[0] if names else _ARCHITECTURE_OF_TYPE.get(str(config.get("model_type")), "")
+        if architecture not in _HF_DEFAULTS:
+            raise ModelLoadError(
+                f"architecture {architecture or config.get('model_type')!r} is not supported yet; supported are {', '.join(_HF_DEFAULTS)}"
+            )
+        c = {**_HF_DEFAULTS[architecture], **{k: v for k, v in config.items() if v is not None}}
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if name not in c:
+                raise ModelLoadError(f"config.json has no {name!r}")
+        if c["hidden_act"] not in ("silu", "swish"):
+            raise ModelLoadError(f"hidden_act {c['hidden_act']!r} is not supported; Llama-family models use silu")
+        heads = c["num_attention_heads"]
+        eos = (generation or {}).get("eos_token_id", c.get("eos_token_id"))
+        return cls(
+            architecture=architecture,
+            vocab_size=c["vocab_size"],
+            hidden_size=c["hidden_size"],
+            intermediate_size=c["intermediate_size"],
+            num_layers=c["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=c.get("num_key_value_heads", heads),
+            head_dim=c.get("head_dim", c["hidden_size"] // heads),
+            max_position_embeddings=c["max_position_embeddings"],
+            rms_norm_eps=float(c["rms_norm_eps"]),
+            hidden_act="silu",
+            rope=RopeConfig.from_hf(c),
+            tie_word_embeddings=bool(c["tie_word_embeddings"]),
+            qkv_bias=bool(c["attention_bias"]),
+            attention_output_bias=bool(c["attention_output_bias"]) if "attention_output_bias" in c else bool(c["attention_bias"]),
+            mlp_bias=bool(c["mlp_bias"]),
+            sliding_windows=_sliding_windows(c),
+            dtype=str(c.get("dtype", c.get("torch_dtype", "bfloat16"))).removeprefix("torch."),
+            eos_token_ids=tuple([eos] if isinstance(eos, int) else eos or ()),
+            bos_token_id=c.get("bos_token_id"),
+        )
+
+    def window_of(self, layer: int) -> int | None:
+        return self.sliding_windows[layer] if self.sliding_windows else None
+
+    def tensor_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every tensor of the checkpoint, in Hugging Face's spelling."""
+        h, q, kv, i = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.intermediate_size
+        yield "model.embed_tokens.weight", (self.vocab_size, h)
+        for n in range(self.num_layers):
+            layer = f"model.layers.{n}."
+            yield layer + "input_layernorm.weight", (h,)
+            for name, rows in (("q", q), ("k", kv), ("v", kv)):
+                yield layer + f"self_attn.{name}_proj.weight", (rows, h)
+                if self.qkv_bias:
+                    yield layer + f"self_attn.{name}_proj.bias", (rows,)
+            yield layer + "self_attn.o_proj.weight", (h, q)
+            if self.attention_output_bias:
+                yield layer + "self_attn.o_proj.bias", (h,)
+            yield layer + "post_attention_layernorm.weight", (h,)
+            for name, shape in (("gate", (i, h)), ("up", (i, h)), ("down", (h, i))):
+                yield layer + f"mlp.{name}_proj.weight", shape
+                if self.mlp_bias:
+                    yield layer + f"mlp.{name}_proj.bias", shape[:1]
+        yield "model.norm.weight", (h,)
+        if not self.tie_word_embeddings:
+            yield "lm_head.weight", (self.vocab_size, h)
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the model, tied embeddings counted once."""
+        total = 0
+        for _, shape in self.tensor_shapes():
+            count = 1
+            for size in shape:
+                count *= size
+            total += count
+        return total
+
+    def kv_bytes_per_token(self, element_bytes: float) -> int:
+        """Bytes of K and V that one token adds over all layers."""
+        return int(2 * self.num_layers * self.num_kv_heads * self.head_dim * element_bytes)
+
+
+# What transformers assumes where a config.json is silent, per architecture: the differences between the families.
+_LLAMA_DEFAULTS: dict[str, Any] = {
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+_HF_DEFAULTS: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": _LLAMA_DEFAULTS,
+    "MistralForCausalLM": {**_LLAMA_DEFAULTS, "max_position_embeddings": 131072, "num_key_value_heads": 8},
+    "Qwen2ForCausalLM": {**_LLAMA_DEFAULTS, "max_position_embeddings": 32768, "attention_bias": True, "attention_output_bias": False},
+}
+_ARCHITECTURE_OF_TYPE = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+
+
+def _sliding_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Per-layer windows from `sliding_window`, `use_sliding_window`, `max_window_layers` and `layer_types`."""
+    window, layers = config.get("sliding_window"), config["num_hidden_layers"]
+    if not window or config.get("use_sliding_window") is False:
+        return ()
+    types: Sequence[str] | None = config.get("layer_types")
+    if types is not None:
+        return tuple(window if t == "sliding_attention" else None for t in types)
+    first = 0
+    if "use_sliding_window" in config:  # Qwen2: the first max_window_layers layers see everything
+        first = config.get("max_window_layers", 28)
+    return tuple(None if n < first else window for n in range(layers))

@@ -1,0 +1,18 @@
+"""Kernels: the op table and its backends. `select_ops` is the only thing the floors above need."""
+
+from __future__ import annotations
+
+import torch
+
+from minfer.errors import ConfigError
+from minfer.kernels.ops import Backend, Ops, Weight
+from minfer.kernels.reference import ReferenceBackend
+
+__all__ = ["Backend", "Ops", "Weight", "select_ops"]
+
+
+def select_ops(device: torch.device, dtype: torch.dtype, backend: str = "auto") -> Ops:
+    """The table for one engine. `auto` lists every backend that fits the device, fastest first; a name takes that one only."""
+    if backend not in ("auto", "reference"):
+        raise ConfigError(f"backend must be auto or reference, not {backend!r}")
+    return Ops([ReferenceBackend()], dtype)

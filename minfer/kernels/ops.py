@@ -1,0 +1,145 @@
+"""The op table: every numerical thing a layer may ask for, and who does it on this machine.
+
+A layer calls `ops.attention(...)`; the table was filled once, at load, from an ordered list of backends:
+
+    triton     CUDA and ROCm
+    cpu        compiled C++
+    reference  plain torch, runs anywhere; the ground truth that the others are tested against
+
+For each op the first backend in the list that has it is taken; the choice is logged and `Ops.chosen` shows it. There is no
+fall-back at call time: an argument that the chosen kernel can't handle is an error that says so.
+
+Matrices are handed to `prepare` once, which asks the same list, in order, to repack them into a layout of its own. The
+first backend that takes the matrix also multiplies by it; `linear` and `embedding` look at the prepared type, nothing else.
+
+Ops return new tensors, except `rotary` and `write_kv`, which work in place. They take tensors whose last axes are
+contiguous and whose first stride is free, so q, k and v may be slices of one product. Models compute through ops and
+nothing else: that is what makes a step recordable below them (ARCHITECTURE, seam 3).
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from minfer.batch import Batch
+from minfer.errors import ConfigError, ModelLoadError
+from minfer.kvcache import LayerCache
+from minfer.quant import PackedWeight
+
+logger = logging.getLogger("minfer.kernels")
+
+OP_NAMES = ("rms_norm", "rotary", "write_kv", "attention", "act_mul", "argmax")
+
+
+class Weight(ABC):
+    """A matrix [N, K] in the layout of the backend that prepared it."""
+
+    shape: torch.Size
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Memory the matrix occupies."""
+
+    @abstractmethod
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x[T, K] -> x @ weight.T + bias, [T, N], in x's dtype."""
+
+    @abstractmethod
+    def embedding(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids[T] -> rows of the matrix, [T, K], in the model's dtype."""
+
+
+class Backend(ABC):
+    """A set of kernels. It implements any of `OP_NAMES` as methods with the signatures that `Ops` documents."""
+
+    name: str
+
+    @abstractmethod
+    def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
+        """The matrix repacked, or the reason for declining it. `dtype` is that of the activations."""
+
+
+class Ops:
+    """The table. Attributes are bound when it is built, so a call costs one attribute look-up."""
+
+    def __init__(self, backends: Sequence[Backend], dtype: torch.dtype) -> None:
+        self.backends = list(backends)
+        self.dtype = dtype
+        self.chosen: dict[str, str] = {}
+        for op in OP_NAMES:
+            backend = next((b for b in backends if hasattr(b, op)), None)
+            if backend is None:
+                raise ConfigError(f"no kernel for {op!r}: tried {', '.join(b.name for b in backends) or 'nothing'}")
+            implementation: Callable[..., Any] = getattr(backend, op)
+            setattr(self, "_" + op, implementation)
+            self.chosen[op] = backend.name
+        logger.info("kernels: %s", ", ".join(f"{op}={name}" for op, name in self.chosen.items()))
+
+    def prepare(self, weight: torch.Tensor | PackedWeight) -> Weight:
+        """Repacks a matrix for the first backend that takes it. Raises ModelLoadError with every reason for declining."""
+        reasons = []
+        for backend in self.backends:
+            prepared = backend.prepare(weight, self.dtype)
+            if isinstance(prepared, Weight):
+                self.chosen.setdefault(f"linear[{_kind(weight)}]", backend.name)
+                return prepared
+            reasons.append(f"{backend.name}: {prepared}")
+        raise ModelLoadError(f"no kernel multiplies by a {_kind(weight)} matrix {list(weight.shape)}: {'; '.join(reasons)}")
+
+    def linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x[T, K] -> x @ weight.T + bias, [T, N]."""
+        return weight.linear(x, bias)
+
+    def embedding(self, ids: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """ids[T] -> rows of weight[V, H], [T, H]."""
+        return weight.embedding(ids)
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """h = x + residual; returns (h / rms(h) * weight, h), both [T, H]. The mean of squares is over H, in float32."""
+        return self._rms_norm(x, weight, eps, residual)  # type: ignore[attr-defined, no-any-return]
+
+    def rotary(self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> None:
+        """Rotates q[T, Hq, D] and k[T, Hk, D] in place, half-split pairs (i, i + D/2). table[P, D] float32: cos | sin."""
+        self._rotary(q, k, positions, table)  # type: ignore[attr-defined]
+
+    def write_kv(self, k: torch.Tensor, v: torch.Tensor, cache: LayerCache, slots: torch.Tensor) -> None:
+        """Stores k, v [T, Hk, D] into the slots [T] of one layer's cache."""
+        self._write_kv(k, v, cache, slots)  # type: ignore[attr-defined]
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        cache: LayerCache,
+        batch: Batch,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """Causal attention of q[T, Hq, D] over each request's own cached tokens; [T, Hq, D].
+
+        Query i of a request stands at position seq_len - query_len + i and sees keys j <= that position, and with a window
+        only those with position - j < window. Head h reads KV head h // (Hq / Hk). softcap: c * tanh(score / c).
+        """
+        return self._attention(q, cache, batch, scale, window, softcap)  # type: ignore[attr-defined, no-any-return]
+
+    def act_mul(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        """x[T, 2I] = gate | up -> act(gate) * up, [T, I]. kind: silu."""
+        return self._act_mul(x, kind)  # type: ignore[attr-defined, no-any-return]
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits[S, V] -> the lowest id with the highest value, [S] int64."""
+        return self._argmax(logits)  # type: ignore[attr-defined, no-any-return]
+
+
+def _kind(weight: torch.Tensor | PackedWeight) -> str:
+    if isinstance(weight, PackedWeight):
+        return f"{weight.scheme.element} (groups of {weight.scheme.group_size})"
+    return str(weight.dtype).removeprefix("torch.")

@@ -1,0 +1,29 @@
+"""The reference backend: every op in plain torch. Slow where it must be, right everywhere, and short enough to read."""
+
+from __future__ import annotations
+
+import torch
+
+from minfer.kernels.ops import Backend, Weight
+from minfer.kernels.reference.attention import attention
+from minfer.kernels.reference.elementwise import act_mul, argmax, rms_norm, rotary, write_kv
+from minfer.kernels.reference.linear import DenseWeight, DequantizedWeight
+from minfer.quant import PackedWeight
+
+
+class ReferenceBackend(Backend):
+    name = "reference"
+
+    rms_norm = staticmethod(rms_norm)
+    rotary = staticmethod(rotary)
+    write_kv = staticmethod(write_kv)
+    attention = staticmethod(attention)
+    act_mul = staticmethod(act_mul)
+    argmax = staticmethod(argmax)
+
+    def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
+        if isinstance(weight, PackedWeight):
+            return DequantizedWeight(weight, dtype)
+        if weight.dtype != dtype:
+            return f"a {weight.dtype} matrix can't multiply {dtype} activations; cast it first"
+        return DenseWeight(weight)

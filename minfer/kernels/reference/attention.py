@@ -1,0 +1,113 @@
+"""Ragged paged attention in plain torch: gather each request's K and V from its blocks, then a dense softmax.
+
+Requests that bring one token each (most of a busy step) are padded to the longest and answered by one batched call, since
+thirty-two small calls a layer would cost more than their arithmetic. Requests that bring several are done one by one.
+The query heads of a group stand as extra query rows over their shared KV head, so K and V are never repeated.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from minfer.batch import Batch
+from minfer.kvcache import LayerCache
+
+
+def attention(
+    q: torch.Tensor,
+    cache: LayerCache,
+    batch: Batch,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # [T, Hq, D]
+    singles: list[int] = []
+    rows: list[int] = []
+    start = 0
+    for request, length in enumerate(batch.query_lens_host):
+        if length == 1:
+            singles.append(request)
+            rows.append(start)
+        elif length > 1:
+            span = slice(start, start + length)
+            out[span] = _one_request(q[span], cache, batch, request, scale, window, softcap)
+        start += length
+    if len(rows) == q.shape[0]:
+        return _single_tokens(q, cache, batch, singles, scale, window, softcap)
+    if rows:
+        out[rows] = _single_tokens(q[rows], cache, batch, singles, scale, window, softcap)
+    return out
+
+
+def _one_request(
+    q: torch.Tensor, cache: LayerCache, batch: Batch, request: int, scale: float, window: int | None, softcap: float | None
+) -> torch.Tensor:
+    """q[n, Hq, D]: the new tokens of one request, the last n of its sequence."""
+    n, heads, dim = q.shape
+    seq_len = batch.seq_lens_host[request]
+    k, v = _gather(cache, batch.block_tables[request : request + 1], seq_len)  # [1, Hk, L, D]
+    kv_heads = k.shape[1]
+    # A plain causal prompt can use the kernel that never looks at the masked half; it wants K and V per query head.
+    if n == seq_len and window is None and softcap is None:
+        grouped = q.view(1, n, heads, dim).transpose(1, 2)  # [1, Hq, n, D]
+        o = F.scaled_dot_product_attention(grouped, k, v, is_causal=True, scale=scale, enable_gqa=heads != kv_heads)
+        return o.squeeze(0).transpose(0, 1)
+    at = torch.arange(seq_len - n, seq_len, device=q.device)[:, None]
+    key = torch.arange(seq_len, device=q.device)[None, :]
+    visible = key <= at  # [n, L]
+    if window is not None:
+        visible &= at - key < window
+    group = heads // kv_heads
+    stacked = q.view(n, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, group * n, dim)
+    o = _softmax_attention(stacked, k, v, visible.repeat(group, 1)[None, None], scale, softcap)
+    return o.view(kv_heads, group, n, dim).permute(2, 0, 1, 3).reshape(n, heads, dim)
+
+
+def _single_tokens(
+    q: torch.Tensor, cache: LayerCache, batch: Batch, requests: list[int], scale: float, window: int | None, softcap: float | None
+) -> torch.Tensor:
+    """q[R, Hq, D]: one token of each of the given requests, the last of its sequence."""
+    count, heads, dim = q.shape
+    longest = max(batch.seq_lens_host[r] for r in requests)
+    everyone = count == batch.num_requests
+    tables = batch.block_tables if everyone else batch.block_tables[requests]
+    lens = (batch.seq_lens if everyone else batch.seq_lens[requests])[:, None]  # [R, 1]
+    k, v = _gather(cache, tables, longest)  # [R, Hk, L, D]
+    key = torch.arange(longest, device=q.device)[None, :]
+    visible = key < lens  # [R, L]
+    if window is not None:
+        visible &= lens - 1 - key < window
+    # Padding reads whatever the pool holds there, NaN included, and 0 x NaN is NaN: V must be clean where it is masked.
+    if count > 1:
+        v = v.masked_fill_(~visible[:, None, :, None], 0.0)
+        k = k.masked_fill_(~visible[:, None, :, None], 0.0)
+    kv_heads = k.shape[1]
+    o = _softmax_attention(q.view(count, kv_heads, heads // kv_heads, dim), k, v, visible[:, None, None, :], scale, softcap)
+    return o.reshape(count, heads, dim)
+
+
+def _gather(cache: LayerCache, tables: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first `length` tokens behind each block table, as fresh dense tensors: [R, Hk, length, D] each."""
+    blocks = -(-length // cache.block_size)
+    tables = tables[:, :blocks]
+    out = []
+    for pages in (cache.k, cache.v):
+        _, kv_heads, block_size, dim = pages.shape
+        picked = pages[tables]  # [R, B, Hk, block_size, D]
+        dense = picked.transpose(1, 2).reshape(tables.shape[0], kv_heads, blocks * block_size, dim)
+        out.append(dense[:, :, :length])
+    return out[0], out[1]
+
+
+def _softmax_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """q[R, Hk, M, D] against k, v [R, Hk, L, D] under a mask that broadcasts to [R, Hk, M, L]."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+    scores = (q.float() @ k.float().transpose(-1, -2)) * scale
+    scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    return (weights @ v.float()).to(q.dtype)

@@ -1,0 +1,143 @@
+"""`SamplingParams`: how one request wants its tokens picked. Field names and defaults are vLLM's, so scripts carry over.
+
+Order of the stages (engines differ, so ours is written down): logit bias, bad words and min-tokens masks, then repetition,
+presence and frequency penalties, temperature, top-k, top-p, min-p, typical-p. Log-probabilities are those of the raw
+logits, before any stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from minfer.errors import RequestError
+
+MAX_LOGPROBS = 20  # OpenAI's own limit; more would make every step copy a large part of the vocabulary to the host
+MAX_STOP = 16
+MAX_N = 128
+MAX_LOGIT_BIAS = 1024
+MAX_BAD_WORDS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Immutable; raises `RequestError` naming the field when a value is not a number or out of range.
+
+    `temperature=0` is greedy, ties going to the lowest id. `seed` makes the request's tokens a function of the request
+    alone, whatever else runs beside it. `logprobs=k` returns the k most likely tokens and the chosen one at each position.
+    """
+
+    n: int = 1
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0  # 0 or -1: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    bad_words: Sequence[str] = ()
+    stop: Sequence[str] | str = ()
+    stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    # Filled by the engine, which alone knows the tokenizer: `bad_words` as token-id sequences.
+    bad_word_token_ids: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        put = object.__setattr__  # the one place where a frozen instance normalises itself
+        put(self, "stop", stop)
+        put(self, "bad_words", tuple(self.bad_words or ()))
+        put(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        if self.top_k == -1:
+            put(self, "top_k", 0)
+
+        self._check_int("n", 1, MAX_N)
+        if self.max_tokens is not None:
+            self._check_int("max_tokens", 1)
+        self._check_int("min_tokens", 0)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            self._fail("min_tokens", f"must not exceed max_tokens={self.max_tokens}")
+        self._check_float("temperature", 0.0, 100.0)
+        self._check_int("top_k", 0)
+        self._check_float("top_p", 0.0, 1.0, open_low=True)
+        self._check_float("min_p", 0.0, 1.0)
+        self._check_float("typical_p", 0.0, 1.0, open_low=True)
+        self._check_float("repetition_penalty", 0.0, 100.0, open_low=True)
+        self._check_float("presence_penalty", -2.0, 2.0)
+        self._check_float("frequency_penalty", -2.0, 2.0)
+        if self.seed is not None:
+            self._check_int("seed", -(2**63), 2**63 - 1)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                self._check_int(name, 0, MAX_LOGPROBS)
+        self._check_lists()
+
+    def _check_lists(self) -> None:
+        for name, limit in (("stop", MAX_STOP), ("bad_words", MAX_BAD_WORDS)):
+            words = getattr(self, name)
+            if len(words) > limit:
+                self._fail(name, f"may hold at most {limit} strings")
+            if not all(isinstance(word, str) and word for word in words):
+                self._fail(name, "must hold non-empty strings")
+        if not all(_is_int(token) and token >= 0 for token in self.stop_token_ids):
+            self._fail("stop_token_ids", "must hold token ids, integers from 0")
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping) or len(self.logit_bias) > MAX_LOGIT_BIAS:
+                self._fail("logit_bias", f"must map at most {MAX_LOGIT_BIAS} token ids to numbers")
+            for token, bias in self.logit_bias.items():
+                if not _is_int(token) or token < 0 or not _is_number(bias) or not -100 <= bias <= 100:
+                    self._fail("logit_bias", "must map token ids (integers from 0) to numbers from -100 to 100")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """Builds one from a caller's dictionary, refusing names that are not fields."""
+        known = {f.name for f in fields(cls)} - {"bad_word_token_ids"}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise RequestError(f"unknown sampling parameter {unknown[0]!r}; known are {', '.join(sorted(known))}", param=unknown[0])
+        return cls(**values)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    def _check_int(self, name: str, low: int, high: int | None = None) -> None:
+        value = getattr(self, name)
+        if not _is_int(value):
+            self._fail(name, "must be an integer")
+        if value < low or (high is not None and value > high):
+            self._fail(name, f"must be at least {low}" if high is None else f"must be from {low} to {high}")
+
+    def _check_float(self, name: str, low: float, high: float, *, open_low: bool = False) -> None:
+        value = getattr(self, name)
+        if not _is_number(value):
+            self._fail(name, "must be a finite number")
+        if value > high or value < low or (open_low and value == low):
+            self._fail(name, f"must be {'above' if open_low else 'from'} {low:g} {'and at most' if open_low else 'to'} {high:g}")
+
+    def _fail(self, name: str, rule: str) -> None:
+        raise RequestError(f"{name} {rule}, not {_short(getattr(self, name))}", param=name)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
