@@ -1,0 +1,148 @@
+"""What GGUF's metadata keys and tensor names mean in Hugging Face's words.
+
+The result is a `config.json`-style dictionary, so that `ModelConfig.from_hf` stays the only place that knows the defaults. A GGUF
+header says less than a config.json: whether the head is tied and where biases are follows from which tensors exist, and Llama 3's
+frequency scaling comes as a tensor of divisors (`rope_freqs.weight`), given here as `rope_freq_factors`.
+
+Left out: mixtures of experts, partial rotary embeddings, and per-layer head counts, which are refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from minfer.errors import ModelLoadError
+
+# llama.cpp's converter files Mistral under "llama" too; the two differ only in the sliding window.
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+LAYER_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.([a-z_]+)\.(weight|bias)")
+
+
+def hf_name(name: str) -> str:
+    """`blk.0.attn_q.weight` -> `model.layers.0.self_attn.q_proj.weight`; an unknown name stays as it is, for the check to refuse."""
+    match = LAYER_TENSOR.fullmatch(name)
+    if match and match[2] in LAYER_NAMES:
+        return f"model.layers.{match[1]}.{LAYER_NAMES[match[2]]}.{match[3]}"
+    stem, _, kind = name.rpartition(".")
+    return f"{TOP_NAMES[stem]}.{kind}" if stem in TOP_NAMES else name
+
+
+def hf_config(metadata: Mapping[str, Any], tensor_names: Collection[str], embedding_rows: int) -> dict[str, Any]:
+    """The dictionary for `ModelConfig.from_hf`. `embedding_rows` stands in for the vocabulary of a file without a tokenizer."""
+    arch = metadata.get("general.architecture")
+    if arch not in ARCHITECTURES:
+        raise ModelLoadError(f"GGUF architecture {arch!r} is not supported yet; supported are {', '.join(ARCHITECTURES)}")
+    keys = _Keys(metadata, arch)
+    if keys.integer("expert_count", 0):
+        raise ModelLoadError("the file holds a mixture of experts, which is not supported yet")
+    heads, hidden = keys.integer("attention.head_count"), keys.integer("embedding_length")
+    head_dim = keys.integer("attention.key_length", hidden // max(heads, 1))
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if keys.integer(name, head_dim) != head_dim:
+            raise ModelLoadError(f"{arch}.{name} is {keys.integer(name)}, but only the head size, {head_dim}, is supported")
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    window = keys.integer("attention.sliding_window", 0)
+    layer_kinds = {match[2] + "." + match[3] for match in map(LAYER_TENSOR.fullmatch, tensor_names) if match}
+    return {
+        "architectures": ["MistralForCausalLM" if arch == "llama" and window else ARCHITECTURES[arch]],
+        "vocab_size": len(tokens) if isinstance(tokens, list) else embedding_rows,
+        "hidden_size": hidden,
+        "intermediate_size": keys.integer("feed_forward_length"),
+        "num_hidden_layers": keys.integer("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": keys.integer("context_length"),
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon", 1e-5),
+        "hidden_act": "silu",
+        "rope_theta": keys.number("rope.freq_base", 10000.0),
+        "rope_scaling": _rope_scaling(keys),
+        "sliding_window": window or None,
+        "use_sliding_window": bool(window),
+        "max_window_layers": 0,
+        "tie_word_embeddings": "output.weight" not in tensor_names,
+        "attention_bias": "attn_q.bias" in layer_kinds,
+        "attention_output_bias": "attn_output.bias" in layer_kinds,
+        "mlp_bias": "ffn_gate.bias" in layer_kinds,
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": _end_tokens(metadata),
+    }
+
+
+def _end_tokens(metadata: Mapping[str, Any]) -> list[int]:
+    """End of sequence, and of a turn or message where the file tells them apart (Llama 3)."""
+    ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    return list(dict.fromkeys(i for i in ids if isinstance(i, int)))
+
+
+def _rope_scaling(keys: _Keys) -> dict[str, Any] | None:
+    kind = keys.text("rope.scaling.type", "none")
+    legacy = keys.number("rope.scale_linear", 0.0)  # before there were types
+    if kind == "none":
+        return {"rope_type": "linear", "factor": legacy} if legacy not in (0.0, 1.0) else None
+    factor = keys.number("rope.scaling.factor", 1.0)
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    if kind != "yarn":
+        raise ModelLoadError(f"rope scaling {kind!r} of a GGUF file is not supported; supported are none, linear, yarn")
+    scaling: dict[str, Any] = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": keys.integer("rope.scaling.original_context_length", 0) or None,
+    }
+    for name, key in (("beta_fast", "rope.scaling.yarn_beta_fast"), ("beta_slow", "rope.scaling.yarn_beta_slow")):
+        scaling[name] = keys.number(key, 0.0) or None
+    if keys.number("rope.scaling.yarn_ext_factor", 1.0) not in (1.0, -1.0):
+        raise ModelLoadError("rope.scaling.yarn_ext_factor other than 1 is not supported")
+    multiplier = keys.number("rope.scaling.yarn_attn_factor", keys.number("rope.scaling.attn_factor", 1.0))
+    if multiplier != 1.0 and factor > 0:  # llama.cpp multiplies YaRN's own temperature by it; a config.json states the product
+        scaling["attention_factor"] = multiplier * (0.1 * math.log(factor) + 1.0)
+    return scaling
+
+
+class _Keys:
+    """Typed access to the keys below `general.architecture`'s name."""
+
+    def __init__(self, metadata: Mapping[str, Any], arch: str) -> None:
+        self.metadata, self.arch = metadata, arch
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        value = self._get(name, default)
+        if isinstance(value, list) and value and all(v == value[0] for v in value):  # one per layer, all alike
+            value = value[0]
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ModelLoadError(f"metadata key {self.arch}.{name} is {str(value)[:60]}, expected one whole number")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ModelLoadError(f"metadata key {self.arch}.{name} is {str(value)[:60]}, expected a number")
+        return float(value)
+
+    def text(self, name: str, default: str) -> str:
+        value = self._get(name, default)
+        if not isinstance(value, str):
+            raise ModelLoadError(f"metadata key {self.arch}.{name} is {str(value)[:60]}, expected a string")
+        return value
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self.metadata.get(f"{self.arch}.{name}", default)
+        if value is None:
+            raise ModelLoadError(f"metadata key {self.arch}.{name} is missing")
+        return value
