@@ -32,7 +32,7 @@ class Batch:
     slots: torch.Tensor  # [T] int64, block x block_size + offset
     query_start: torch.Tensor  # [R + 1] int32
     seq_lens: torch.Tensor  # [R] int32
-    block_tables: torch.Tensor  # [R, B] int32; entries past a request's last block are 0 and never read
+    block_tables: torch.Tensor  # [R, B] int32; entries past a request's last block are some valid block, to be ignored
     logits_at: torch.Tensor  # [S] int64
     query_lens_host: list[int]  # R entries
     seq_lens_host: list[int]  # R entries

@@ -118,6 +118,8 @@ class RopeConfig:
         kind = scaling.get("rope_type", scaling.get("type", "default")) or "default"
         if kind not in cls.KINDS:
             raise ModelLoadError(f"rope scaling {kind!r} in config.json is not supported; supported are {', '.join(cls.KINDS)}")
+        if (scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
+            raise ModelLoadError("partial_rotary_factor in config.json is not supported yet: this model rotates only part of each head")
         theta = scaling.get("rope_theta", config.get("rope_theta"))
         original = scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings")
         values: dict[str, Any] = {
@@ -137,6 +139,8 @@ class RopeConfig:
         ):
             if scaling.get(name) is not None:
                 values[name] = float(scaling[name])
+        if kind == "yarn" and "factor" not in values:  # DeepSeek's spelling: the ratio is the factor
+            values["factor"] = config["max_position_embeddings"] / original
         if scaling.get("truncate") is not None:
             values["truncate"] = bool(scaling["truncate"])
         if config.get("rope_freq_factors") is not None:
@@ -222,7 +226,7 @@ class ModelConfig:
             qkv_bias=bool(c["attention_bias"]),
             attention_output_bias=bool(c["attention_output_bias"]) if "attention_output_bias" in c else bool(c["attention_bias"]),
             mlp_bias=bool(c["mlp_bias"]),
-            sliding_windows=_sliding_windows(c),
+            sliding_windows=_sliding_windows(architecture, c),
             dtype=str(c.get("dtype", c.get("torch_dtype", "bfloat16"))).removeprefix("torch."),
             eos_token_ids=tuple([eos] if isinstance(eos, int) else eos or ()),
             bos_token_id=c.get("bos_token_id"),
@@ -282,20 +286,27 @@ _LLAMA_DEFAULTS: dict[str, Any] = {
 _HF_DEFAULTS: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": _LLAMA_DEFAULTS,
     "MistralForCausalLM": {**_LLAMA_DEFAULTS, "max_position_embeddings": 131072, "num_key_value_heads": 8},
-    "Qwen2ForCausalLM": {**_LLAMA_DEFAULTS, "max_position_embeddings": 32768, "attention_bias": True, "attention_output_bias": False},
+    "Qwen2ForCausalLM": {
+        **_LLAMA_DEFAULTS,
+        "max_position_embeddings": 32768,
+        "attention_bias": True,
+        "attention_output_bias": False,
+        "use_sliding_window": False,
+        "max_window_layers": 28,
+    },
 }
 _ARCHITECTURE_OF_TYPE = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
-def _sliding_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
+def _sliding_windows(architecture: str, config: Mapping[str, Any]) -> tuple[int | None, ...]:
     """Per-layer windows from `sliding_window`, `use_sliding_window`, `max_window_layers` and `layer_types`."""
     window, layers = config.get("sliding_window"), config["num_hidden_layers"]
-    if not window or config.get("use_sliding_window") is False:
-        return ()
+    if not window or config.get("use_sliding_window") is False or architecture == "LlamaForCausalLM":
+        return ()  # Llama's config class ignores the key
     types: Sequence[str] | None = config.get("layer_types")
     if types is not None:
         return tuple(window if t == "sliding_attention" else None for t in types)
     first = 0
     if "use_sliding_window" in config:  # Qwen2: the first max_window_layers layers see everything
-        first = config.get("max_window_layers", 28)
+        first = config["max_window_layers"]
     return tuple(None if n < first else window for n in range(layers))

@@ -11,8 +11,13 @@ from minfer.kernels.reference import ReferenceBackend
 __all__ = ["Backend", "Ops", "Weight", "select_ops"]
 
 
-def select_ops(device: torch.device, dtype: torch.dtype, backend: str = "auto") -> Ops:
-    """The table for one engine. `auto` lists every backend that fits the device, fastest first; a name takes that one only."""
+def select_ops(device: torch.device, dtype: torch.dtype, backend: str = "auto", threads: int | None = None) -> Ops:
+    """The table for one engine. `auto` lists every backend that fits the device, fastest first; a name takes that one only.
+
+    `threads` bounds what a CPU backend uses; torch's own pool is one per process and is set only when asked.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
     if backend not in ("auto", "reference"):
         raise ConfigError(f"backend must be auto or reference, not {backend!r}")
     return Ops([ReferenceBackend()], dtype)

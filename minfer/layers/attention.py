@@ -1,0 +1,38 @@
+"""Grouped-query attention (Ainslie 2023) over the paged cache.
+
+Notation: T new tokens of the step, Hq query heads, Hk KV heads, D head size. Query head h shares KV head h // (Hq / Hk).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from minfer.batch import Batch
+from minfer.config import ModelConfig
+from minfer.kernels import Ops
+from minfer.kvcache import LayerCache
+from minfer.layers.linear import Linear
+
+
+class Attention(nn.Module):
+    def __init__(self, ops: Ops, config: ModelConfig, layer: int, rope: torch.Tensor, *, device: torch.device) -> None:
+        super().__init__()
+        self.ops = ops
+        self.heads, self.kv_heads, self.dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.scale = self.dim**-0.5
+        self.window = config.window_of(layer)
+        self.rope = rope  # [positions, D] float32, shared by all layers
+        q, kv = self.heads * self.dim, self.kv_heads * self.dim
+        parts = {"q_proj": q, "k_proj": kv, "v_proj": kv}
+        self.qkv_proj = Linear(ops, config.hidden_size, q + 2 * kv, bias=config.qkv_bias, parts=parts, device=device)
+        self.o_proj = Linear(ops, q, config.hidden_size, bias=config.attention_output_bias, device=device)
+
+    def forward(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> torch.Tensor:
+        tokens = x.shape[0]
+        qkv = self.qkv_proj(x).view(tokens, self.heads + 2 * self.kv_heads, self.dim)
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)  # [T, Hq | Hk | Hk, D], views
+        self.ops.rotary(q, k, batch.positions, self.rope)
+        self.ops.write_kv(k, v, cache, batch.slots)
+        out = self.ops.attention(q, cache, batch, self.scale, self.window)  # [T, Hq, D]
+        return self.o_proj(out.view(tokens, self.heads * self.dim))  # type: ignore[no-any-return]

@@ -1,0 +1,23 @@
+"""The gated feed-forward block, SwiGLU (Shazeer 2020): down(act(gate(x)) * up(x))."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from minfer.config import ModelConfig
+from minfer.kernels import Ops
+from minfer.layers.linear import Linear
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, ops: Ops, config: ModelConfig, *, device: torch.device) -> None:
+        super().__init__()
+        self.ops = ops
+        self.kind = config.hidden_act
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_up_proj = Linear(ops, hidden, 2 * inner, bias=bias, parts={"gate_proj": inner, "up_proj": inner}, device=device)
+        self.down_proj = Linear(ops, inner, hidden, bias=bias, device=device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.ops.act_mul(self.gate_up_proj(x), self.kind))  # type: ignore[no-any-return]

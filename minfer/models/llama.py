@@ -1,0 +1,70 @@
+"""Llama (Touvron 2023) and the families that share its shape: Llama 1-3.x, Mistral, Qwen2, SmolLM2, TinyLlama.
+
+    x = embed(tokens)
+    for each layer:   x = x + attention(norm(x));   x = x + mlp(norm(x))
+    logits = head(norm(x))
+
+What differs between them (biases, sliding windows, tied head, rope scaling) is data in `ModelConfig`, used by the shared
+layers; nothing here knows about devices, dtypes or quantisation. The residual stream is carried beside x, so that each
+addition fuses with the norm that follows it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from minfer.batch import Batch
+from minfer.config import ModelConfig
+from minfer.kernels import Ops
+from minfer.kvcache import KVCache, LayerCache
+from minfer.layers import Attention, Embedding, GatedMLP, OutputHead, RMSNorm, rope_table
+
+
+class LlamaForCausalLM(nn.Module):
+    def __init__(self, config: ModelConfig, ops: Ops, max_len: int, device: torch.device) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Llama(config, ops, max_len, device)
+        tied = self.model.embed_tokens if config.tie_word_embeddings else None
+        self.lm_head = OutputHead(ops, config.vocab_size, config.hidden_size, device=device, tied_to=tied)
+
+    def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+        """The final hidden states of all tokens of the step, [T, H]."""
+        return self.model(batch, cache)  # type: ignore[no-any-return]
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden[S, H] -> [S, V] float32."""
+        return self.lm_head(hidden)  # type: ignore[no-any-return]
+
+
+class Llama(nn.Module):
+    def __init__(self, config: ModelConfig, ops: Ops, max_len: int, device: torch.device) -> None:
+        super().__init__()
+        rope = rope_table(config.rope, config.head_dim, max_len, device)
+        self.embed_tokens = Embedding(ops, config.vocab_size, config.hidden_size, device=device)
+        self.layers = nn.ModuleList(DecoderLayer(config, ops, n, rope, device) for n in range(config.num_layers))
+        self.norm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps, device=device)
+
+    def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+        x, residual = self.embed_tokens(batch.token_ids), None
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x, residual = layer(x, residual, batch, layer_cache)
+        x, _ = self.norm(x, residual)
+        return x  # type: ignore[no-any-return]
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int, rope: torch.Tensor, device: torch.device) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps, device=device)
+        self.self_attn = Attention(ops, config, layer, rope, device=device)
+        self.post_attention_layernorm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps, device=device)
+        self.mlp = GatedMLP(ops, config, device=device)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None, batch: Batch, cache: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:
+        """x[T, H] and the residual stream it has yet to be added to; returns the same pair one layer on."""
+        x, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(x, batch, cache)
+        x, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(x), residual

@@ -1,0 +1,7 @@
+"""Running a step: the scheduler's decision becomes a `Batch`, the batch goes through the model."""
+
+from minfer.runner.batch_builder import BatchBuilder, BatchRow, RowSpan
+from minfer.runner.load import LoadedModel, load_model
+from minfer.runner.model_runner import ModelRunner
+
+__all__ = ["BatchBuilder", "BatchRow", "LoadedModel", "ModelRunner", "RowSpan", "load_model"]

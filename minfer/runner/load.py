@@ -1,0 +1,102 @@
+"""From an `EngineConfig` to a model ready to run: find, open, choose kernels, read weights, size the KV cache.
+
+Every phase is timed, because "what takes so long?" is the first question of anyone who waits for a server to start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from minfer.config import EngineConfig, ModelConfig
+from minfer.errors import ConfigError
+from minfer.kernels import Ops, select_ops
+from minfer.kvcache import KVCache
+from minfer.layers.loading import load_weights
+from minfer.loader import Checkpoint, open_checkpoint, resolve_model
+from minfer.models import Model, create_model
+from minfer.runner.memory import num_kv_blocks
+
+logger = logging.getLogger("minfer.load")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """`config` is the user's with every `auto` and None that loading decides filled in."""
+
+    config: EngineConfig
+    model_config: ModelConfig
+    checkpoint: Checkpoint
+    model: Model
+    ops: Ops
+    cache: KVCache
+    device: torch.device
+    phase_seconds: dict[str, float]
+
+    @property
+    def max_model_len(self) -> int:
+        assert self.config.max_model_len is not None, "load_model resolves it"
+        return self.config.max_model_len
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Raises ModelLoadError, ConfigError or CapacityError, each before more work is done than was needed to know."""
+    phases: dict[str, float] = {}
+    with _timed(phases, "resolve"):
+        checkpoint = open_checkpoint(resolve_model(config.model, revision=config.revision, load_format=config.load_format))
+        model_config = checkpoint.config
+        device = pick_device(config)
+        dtype = pick_dtype(config, checkpoint, device)
+        max_len = pick_max_len(config, model_config)
+        ops = select_ops(device, dtype, config.backend, config.threads)
+    with _timed(phases, "read weights"), torch.inference_mode():
+        model = create_model(model_config, ops, max_len, device)
+        load_weights(model, checkpoint.tensors())
+    with _timed(phases, "size KV cache"):
+        blocks = num_kv_blocks(config, model_config, max_len, dtype, device)
+        cache = KVCache(model_config, blocks, config.block_size, dtype, device)
+    names: dict[str, Any] = {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
+    resolved = dataclasses.replace(config, max_model_len=max_len, **names)
+    logger.info("loaded %s: %s", config.model, ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.items()))
+    return LoadedModel(resolved, model_config, checkpoint, model, ops, cache, device, phases)
+
+
+def pick_device(config: EngineConfig) -> torch.device:
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda was asked for, but torch sees no CUDA or ROCm device; use --device cpu")
+    return torch.device(config.device)
+
+
+def pick_dtype(config: EngineConfig, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """The checkpoint's own type where `auto`; a quantised file declares none that matters, and gets bfloat16."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)  # type: ignore[no-any-return]
+    declared = "bfloat16" if checkpoint.quantization else checkpoint.config.dtype
+    return {"float16": torch.float16, "float32": torch.float32}.get(declared, torch.bfloat16)
+
+
+def pick_max_len(config: EngineConfig, model: ModelConfig) -> int:
+    trained = model.max_position_embeddings
+    if model.rope.kind in ("linear", "dynamic") and model.rope.original_max_position == trained:
+        trained = int(trained * model.rope.factor)  # old configs give the length before scaling
+    if config.max_model_len is None:
+        return trained
+    if config.max_model_len > trained:
+        raise ConfigError(f"max_model_len={config.max_model_len} is more than the {trained} tokens this model was made for")
+    return config.max_model_len
+
+
+@contextmanager
+def _timed(phases: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    phases[name] = time.perf_counter() - start

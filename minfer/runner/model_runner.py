@@ -1,0 +1,35 @@
+"""`ModelRunner`: takes the rows of a step, builds the batch, runs the model. The only place that calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from minfer.kvcache import KVCache
+from minfer.models import Model
+from minfer.runner.batch_builder import BatchBuilder, RowSpan
+
+
+class ModelRunner:
+    def __init__(self, model: Model, cache: KVCache, builder: BatchBuilder) -> None:
+        self.model = model
+        self.cache = cache
+        self.builder = builder
+
+    @torch.inference_mode()
+    def run(self, spans: Sequence[RowSpan], copies: Sequence[tuple[int, int]] = ()) -> torch.Tensor:
+        """Computes the spans' tokens and writes their KV. Returns the final hidden states of the tokens whose logits are
+        wanted, in order: [S, H]. Blocks in `copies` are copied (from, to) first.
+        """
+        self.cache.copy_blocks(copies)
+        batch = self.builder.build(spans)
+        hidden = self.model(batch, self.cache)  # [T, H]
+        if batch.logits_at.shape[0] == hidden.shape[0]:
+            return hidden  # type: ignore[no-any-return]
+        return hidden.index_select(0, batch.logits_at)  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden[S, H] -> [S, V] float32."""
+        return self.model.compute_logits(hidden)

@@ -1,0 +1,95 @@
+"""`Request`: one sequence being generated. A prompt asked for `n` times is n requests that share their prompt's blocks.
+
+Nothing in it says "prefill" or "decode". A request has tokens, and some of them have been computed:
+
+    token_ids   p0 p1 p2 p3 p4 p5 | o0 o1          prompt | output
+    computed    ###############                    num_computed_tokens = 5
+                               ^^^^^^^^^           3 tokens left; a step may take any number of them
+
+When the last token is computed, its logits give the next one, and the request has one token left again.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from minfer.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from minfer.scheduler.prefix_cache import PrefixNode
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class RequestStatus(enum.Enum):
+    WAITING = "waiting"  # new, or preempted
+    RUNNING = "running"  # holds blocks
+    FINISHED = "finished"  # holds nothing
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """Identity is the object. `arrival` is a counter, unique in an engine, that orders requests; times are in seconds."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    max_total_tokens: int  # prompt plus output, the model's and the request's limits combined
+    seed: int
+    eos_token_ids: tuple[int, ...] = ()
+    arrival: int = 0
+    priority: int = 0
+    cache_key: Hashable = None  # what besides the tokens changes the KV: adapter, salt
+    fork_of: Request | None = None  # a sibling with the same prompt, whose blocks may be shared once they are computed
+
+    output_token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(init=False)
+    num_computed_tokens: int = 0
+    blocks: list[int] = field(default_factory=list)  # the block table
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop token or stop string, where one ended it
+
+    num_cached_tokens: int = 0  # prompt tokens that came from the prefix cache or a sibling, at first admission
+    num_preemptions: int = 0
+    published_blocks: int = 0  # leading blocks that stand in the prefix cache
+    published_node: PrefixNode | None = None  # the last of them
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that exist but have not been through the model."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def finished(self) -> bool:
+        return self.status is RequestStatus.FINISHED
+
+    def append(self, token: int) -> None:
+        self.token_ids.append(token)
+        self.output_token_ids.append(token)
+
+    def why_finished(self) -> tuple[FinishReason, int | None] | None:
+        """Whether the newest token ends the request, and which stop token did it. Stop strings are the engine's business."""
+        token, params = self.output_token_ids[-1], self.params
+        if len(self.output_token_ids) >= params.min_tokens:
+            if token in params.stop_token_ids:
+                return "stop", token
+            if not params.ignore_eos and token in self.eos_token_ids:
+                return "stop", None
+        if self.num_tokens >= self.max_total_tokens:
+            return "length", None
+        return None

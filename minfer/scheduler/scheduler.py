@@ -1,0 +1,319 @@
+"""The scheduler: shares one token budget between requests, step by step.
+
+There is no prefill mode and no decode mode. Every request has some tokens left to compute, and each step hands out at most
+`max_num_batched_tokens` of them:
+
+    1. Every running request, in policy order, gets as many of its tokens as the budget allows, but one token is kept back
+       for each request behind it. So a long prompt takes what is over, and nobody who is generating misses a step.
+    2. If nobody had to be preempted, waiting requests are admitted in the same order, as long as the blocks for all their
+       tokens are free. A prefix that is cached is not computed again.
+
+Chunked prefill, mixing prompts with generation, prefix hits and (later) speculative drafts are all this one rule.
+
+When blocks run out, the last request in policy order is preempted: its blocks are released, its tokens are kept, and it
+goes back to its place in the queue to be recomputed (usually from the prefix cache, if its blocks have not been taken). That
+costs compute but never memory, and needs no second path through the model. The first request in order is never preempted
+for another, so it always finishes: there is no starvation and no deadlock.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from minfer.scheduler.block_pool import BlockPool
+from minfer.scheduler.policies import Policy
+from minfer.scheduler.prefix_cache import PrefixCache
+from minfer.scheduler.request import FinishReason, Request, RequestStatus
+
+
+@dataclass(slots=True)
+class ScheduledRequest:
+    """`num_new_tokens` of a request's tokens, from `start`, to go through the model in this step."""
+
+    request: Request
+    start: int
+    num_new_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the last of them is the request's last, so that its logits give the next token."""
+        return self.start + self.num_new_tokens == self.request.num_tokens
+
+
+@dataclass(slots=True)
+class SchedulerOutput:
+    """The decision of one step. `copies` are blocks to copy, (from, to), before the model runs."""
+
+    scheduled: list[ScheduledRequest] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(s.num_new_tokens for s in self.scheduled)
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Counters since the start: what each technique did, independent of the clock."""
+
+    num_steps: int = 0
+    num_computed_tokens: int = 0
+    num_preemptions: int = 0
+    num_prefix_queries: int = 0  # prompt tokens looked up
+    num_prefix_hits: int = 0  # prompt tokens found
+    num_forked_tokens: int = 0  # prompt tokens shared with a sibling
+    num_copied_blocks: int = 0
+
+
+class Scheduler:
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        policy: Policy,
+        max_prefill_chunk: int | None = None,
+        prefix_caching: bool = True,
+    ) -> None:
+        self.block_size = block_size
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_prefill_chunk = max_prefill_chunk or max_num_batched_tokens
+        self.policy = policy
+        self.prefix_cache = PrefixCache(block_size) if prefix_caching else None
+        self.pool = BlockPool(num_blocks, self.prefix_cache.forget if self.prefix_cache else lambda block: None)
+        self.running: list[Request] = []  # in policy order
+        self.stats = SchedulerStats()
+        self._waiting: list[tuple[tuple[int, ...], Request]] = []  # a heap in policy order; finished ones linger until popped
+        self._num_waiting = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_waiting
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self.running) or self._num_waiting > 0
+
+    def add(self, request: Request) -> None:
+        """Queues a request. It must be able to fit the pool on its own; the engine validates that before."""
+        self._enqueue(request)
+
+    def schedule(self) -> SchedulerOutput:
+        """Decides the next step. Nothing in it is final for a request until `update` reports the step done."""
+        output = SchedulerOutput()
+        budget = self._continue_running(output)
+        if not output.preempted:
+            self._admit_waiting(output, budget)
+        self.stats.num_preemptions += len(output.preempted)
+        self.stats.num_copied_blocks += len(output.copies)
+        return output
+
+    def update(self, output: SchedulerOutput, sampled: Mapping[Request, int]) -> list[Request]:
+        """The step has run: advances its requests by what was computed and sampled. Returns those that are now finished."""
+        self.stats.num_steps += 1
+        finished = []
+        for item in output.scheduled:
+            request = item.request
+            if request.finished:  # aborted while the step ran
+                continue
+            request.num_computed_tokens += item.num_new_tokens
+            self.stats.num_computed_tokens += item.num_new_tokens
+            self._publish(request)
+            if request in sampled:
+                request.append(sampled[request])
+                reason = request.why_finished()
+                if reason is not None:
+                    self.finish(request, *reason)
+                    finished.append(request)
+        return finished
+
+    def finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """Ends a request in any state (stop, length, abort, error); its blocks are free when this returns."""
+        if request.finished:
+            return
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+            self._release(request)
+        else:
+            self._num_waiting -= 1
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+        request.stop_reason = stop_reason
+        request.fork_of = None
+
+    def check_integrity(self) -> None:
+        """Asserts every invariant of the block accounting. Cheap enough to run after each step of a test."""
+        self.pool.check_integrity(request.blocks for request in self.running)
+        for request in self.running:
+            assert request.status is RequestStatus.RUNNING, f"{request.request_id} runs but is {request.status}"
+            assert len(request.blocks) * self.block_size >= request.num_computed_tokens, "computed tokens without blocks"
+        for node in self.prefix_cache.nodes() if self.prefix_cache else ():
+            parent = node.parent
+            if parent is not None and parent.block >= 0 and self.pool.references(node.block):
+                assert self.pool.references(parent.block), "a cached block is in use but the block before it is not"
+
+    def _continue_running(self, output: SchedulerOutput) -> int:
+        budget = self.max_num_batched_tokens
+        position = 0
+        while position < len(self.running):
+            request = self.running[position]
+            behind = len(self.running) - position - 1
+            count = min(request.num_left, self.max_prefill_chunk, budget - behind)
+            if not self._make_room(request, count, output):
+                break  # it was last in order, and preempted itself
+            output.scheduled.append(ScheduledRequest(request, request.num_computed_tokens, count))
+            budget -= count
+            position += 1
+        return budget
+
+    def _make_room(self, request: Request, count: int, output: SchedulerOutput) -> bool:
+        """Gives a running request the blocks for `count` more tokens, preempting from the end of the order if it must."""
+        needed = self._blocks_for(request.num_computed_tokens + count) - len(request.blocks)
+        while self.pool.num_free < needed:
+            victim = self.running[-1]
+            self._preempt(victim, output)
+            if victim is request:
+                return False
+        request.blocks.extend(self.pool.allocate() for _ in range(needed))
+        return True
+
+    def _admit_waiting(self, output: SchedulerOutput, budget: int) -> None:
+        postponed = []  # forks whose sibling has not computed the prompt yet; they block nobody behind them
+        while self._waiting and budget > 0:
+            entry = heapq.heappop(self._waiting)
+            request = entry[1]
+            if request.finished:
+                continue
+            if self._sibling_is_busy(request):
+                postponed.append(entry)
+                continue
+            if not self._find_seat(request, output):
+                postponed.append(entry)
+                break
+            self._count_admission(request)
+            self._num_waiting -= 1
+            request.status = RequestStatus.RUNNING
+            bisect.insort(self.running, request, key=self.policy.key)
+            count = min(request.num_left, self.max_prefill_chunk, budget)
+            fits = self._make_room(request, count, output)
+            assert fits, "admission has checked that the blocks are there"
+            output.scheduled.append(ScheduledRequest(request, request.num_computed_tokens, count))
+            budget -= count
+        for entry in postponed:
+            heapq.heappush(self._waiting, entry)
+
+    def _find_seat(self, request: Request, output: SchedulerOutput) -> bool:
+        """Takes the request's known prefix and checks that the rest of it fits, displacing less urgent requests if allowed."""
+        while True:
+            if len(self.running) < self.max_num_seqs:
+                self._take_prefix(request, output)
+                missing = self._blocks_for(request.num_tokens) - len(request.blocks)
+                # Each running request may need one more block before any is freed.
+                spare = len(self.running)
+                if self.pool.num_free >= missing + spare:
+                    return True
+                self._drop_prefix(request, output)
+            victim = self.running[-1] if self.running else None
+            if victim is None or not self.policy.displaces(request, victim):
+                return False
+            output.scheduled = [item for item in output.scheduled if item.request is not victim]
+            self._preempt(victim, output)
+
+    def _count_admission(self, request: Request) -> None:
+        if request.num_preemptions:
+            return  # a readmission says nothing about how much prompts have in common
+        request.num_cached_tokens = request.num_computed_tokens
+        if request.published_node is None and request.num_computed_tokens:
+            self.stats.num_forked_tokens += request.num_computed_tokens
+        elif self.prefix_cache is not None:
+            self.stats.num_prefix_queries += request.num_prompt_tokens
+            self.stats.num_prefix_hits += request.num_computed_tokens
+
+    def _take_prefix(self, request: Request, output: SchedulerOutput) -> None:
+        """References the blocks that hold the request's first tokens already: a sibling's, or cached ones.
+
+        At least the last token is always left to compute, because its logits are wanted.
+        """
+        sibling = request.fork_of
+        if sibling is not None and sibling.status is RequestStatus.RUNNING and request.num_tokens == request.num_prompt_tokens:
+            self._fork(sibling, request, output)
+        elif self.prefix_cache is not None and request.params.prompt_logprobs is None:
+            blocks, node = self.prefix_cache.match(request.cache_key, request.token_ids[:-1])
+            self.pool.share(blocks)
+            request.blocks = blocks
+            request.num_computed_tokens = len(blocks) * self.block_size
+            request.published_blocks, request.published_node = len(blocks), node
+
+    def _fork(self, sibling: Request, request: Request, output: SchedulerOutput) -> None:
+        """Shares the full blocks of the sibling's prompt and copies the one the prompt ends in, if it ends inside one.
+
+        sibling  [p p p p] [p p p p] [p p o o]      request shares the first two and gets a copy of the third,
+        request     same      same   [p . . .]      of which it computes the prompt's last token itself
+        """
+        shared_tokens = request.num_prompt_tokens - 1
+        full, rest = divmod(shared_tokens, self.block_size)
+        if rest and not self.pool.num_free:
+            return
+        request.blocks = sibling.blocks[:full]
+        self.pool.share(request.blocks)
+        if rest:
+            copy = self.pool.allocate()
+            output.copies.append((sibling.blocks[full], copy))
+            request.blocks.append(copy)
+        request.num_computed_tokens = shared_tokens
+
+    def _drop_prefix(self, request: Request, output: SchedulerOutput) -> None:
+        own = set(request.blocks)
+        output.copies = [(source, target) for source, target in output.copies if target not in own]
+        self._release(request)
+
+    def _sibling_is_busy(self, request: Request) -> bool:
+        sibling = request.fork_of
+        return sibling is not None and not sibling.finished and sibling.num_computed_tokens < request.num_prompt_tokens - 1
+
+    def _publish(self, request: Request) -> None:
+        """Offers the request's newly filled blocks to the prefix cache; where a twin stands there already, uses the twin."""
+        cache = self.prefix_cache
+        if cache is None:
+            return
+        size = self.block_size
+        for index in range(request.published_blocks, request.num_computed_tokens // size):
+            parent = request.published_node or cache.root(request.cache_key)
+            block = request.blocks[index]
+            node = cache.publish(parent, request.token_ids[index * size : (index + 1) * size], block)
+            if node.block == block:
+                self.pool.mark_cached(block)
+            else:
+                self.pool.share([node.block])
+                self.pool.release([block])
+                request.blocks[index] = node.block
+            request.published_node = node
+            request.published_blocks = index + 1
+
+    def _preempt(self, victim: Request, output: SchedulerOutput) -> None:
+        self.running.remove(victim)
+        self._release(victim)
+        victim.num_preemptions += 1
+        output.preempted.append(victim)
+        self._enqueue(victim)
+
+    def _release(self, request: Request) -> None:
+        self.pool.release(request.blocks)
+        request.blocks = []
+        request.num_computed_tokens = 0
+        request.published_blocks, request.published_node = 0, None
+
+    def _enqueue(self, request: Request) -> None:
+        request.status = RequestStatus.WAITING
+        heapq.heappush(self._waiting, (self.policy.key(request), request))
+        self._num_waiting += 1
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
