@@ -61,8 +61,9 @@ class Pool {
   void loop(int worker);
   void start();
 
-  // A ticket is (loop number << 32 | next chunk). A claim is a compare-and-swap on all of it, so a late worker that still
-  // holds a finished loop's ticket can't take a chunk of the next one.
+  // A ticket is (loop number << 32 | chunks left to claim). A claim is a compare-and-swap on all of it, so a late worker
+  // that still holds an old ticket can't take a chunk of the next loop, and it counts down, so that a finished loop's ticket
+  // reads "nothing left" whatever the next loop has already written beside it.
   alignas(64) std::atomic<uint64_t> ticket_{0};
   alignas(64) std::atomic<int64_t> done_{0};
   alignas(64) std::atomic<Call> call_{nullptr};
