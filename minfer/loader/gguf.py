@@ -45,7 +45,7 @@ class GGUFCheckpoint(Checkpoint):
         types = _type_names(header, source.path)
         config = _config(header, types, source.path)
         self._interleaved = header.metadata["general.architecture"] == "llama"
-        self._tensors = {hf_name(name): tensor for name, tensor in header.tensors.items() if name != FREQ_FACTORS}
+        self._tensors = _by_hf_name(header)
         found = {name: TensorInfo(t.shape, types[t.type_id], t.num_bytes, t.file) for name, t in self._tensors.items()}
         super().__init__(
             source,
@@ -67,6 +67,20 @@ class GGUFCheckpoint(Checkpoint):
         heads = self.config.num_heads if ".q_proj." in name else self.config.num_kv_heads
         rows = np.arange(tensor.shape[0])  # of a head: first, second, first, second, ... half
         return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+
+def _by_hf_name(header: GGUFHeader) -> dict[str, GGUFTensor]:
+    tensors = {}
+    for name, tensor in header.tensors.items():
+        new_name = hf_name(name)
+        if new_name is not None:
+            tensors[new_name] = tensor
+        elif name != FREQ_FACTORS:
+            arch = header.metadata["general.architecture"]
+            raise ModelLoadError(
+                f"{tensor.file}: tensor {name!r} {list(tensor.shape)} has no place in a {arch} model; that variant is not supported"
+            )
+    return tensors
 
 
 def split_parts(path: Path) -> list[Path]:
@@ -92,7 +106,9 @@ def _read_parts(path: Path) -> GGUFHeader:
     first = read_header(parts[0])
     count = first.metadata.get("split.count", 1)
     if count not in (len(parts), 0):
-        raise ModelLoadError(f"{path} says that it is split into {count} files; keep their original names, ...-00001-of-{count:05d}.gguf")
+        raise ModelLoadError(
+            f"{path} says that it is split into {count} files; keep their original names, which end in -00001-of-0000N.gguf"
+        )
     tensors = dict(first.tensors)
     for part in parts[1:]:
         for name, tensor in read_header(part).tensors.items():

@@ -33,13 +33,13 @@ LAYER_NAMES = {
 LAYER_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.([a-z_]+)\.(weight|bias)")
 
 
-def hf_name(name: str) -> str:
-    """`blk.0.attn_q.weight` -> `model.layers.0.self_attn.q_proj.weight`; an unknown name stays as it is, for the check to refuse."""
+def hf_name(name: str) -> str | None:
+    """`blk.0.attn_q.weight` -> `model.layers.0.self_attn.q_proj.weight`; None for a name that these architectures don't have."""
     match = LAYER_TENSOR.fullmatch(name)
     if match and match[2] in LAYER_NAMES:
         return f"model.layers.{match[1]}.{LAYER_NAMES[match[2]]}.{match[3]}"
     stem, _, kind = name.rpartition(".")
-    return f"{TOP_NAMES[stem]}.{kind}" if stem in TOP_NAMES else name
+    return f"{TOP_NAMES[stem]}.{kind}" if stem in TOP_NAMES else None
 
 
 def hf_config(metadata: Mapping[str, Any], tensor_names: Collection[str], embedding_rows: int) -> dict[str, Any]:
@@ -79,14 +79,14 @@ def hf_config(metadata: Mapping[str, Any], tensor_names: Collection[str], embedd
         "attention_bias": "attn_q.bias" in layer_kinds,
         "attention_output_bias": "attn_output.bias" in layer_kinds,
         "mlp_bias": "ffn_gate.bias" in layer_kinds,
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": _end_tokens(metadata),
+        "bos_token_id": next(iter(_token_ids(metadata, "bos")), None),
+        # Of a sequence, and of a turn or a message where the file tells them apart (Llama 3).
+        "eos_token_id": _token_ids(metadata, "eos", "eot", "eom"),
     }
 
 
-def _end_tokens(metadata: Mapping[str, Any]) -> list[int]:
-    """End of sequence, and of a turn or message where the file tells them apart (Llama 3)."""
-    ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+def _token_ids(metadata: Mapping[str, Any], *names: str) -> list[int]:
+    ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names)
     return list(dict.fromkeys(i for i in ids if isinstance(i, int)))
 
 

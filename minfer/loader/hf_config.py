@@ -10,6 +10,7 @@ from typing import Any
 from minfer.config import ModelConfig
 from minfer.errors import ModelLoadError
 
+MAX_LAYERS = 10_000
 MAX_JSON_BYTES = 100 * 2**20  # the index of the largest public models is about 10 MB
 
 
@@ -30,6 +31,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def build_config(config: Mapping[str, Any], where: Path | str, generation: Mapping[str, Any] | None = None) -> ModelConfig:
     """`ModelConfig.from_hf`, with errors that say where the config came from."""
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MAX_LAYERS:  # per-layer settings are expanded into tuples
+        raise ModelLoadError(f"{where}: num_hidden_layers={layers} is beyond any model")
     try:
         return ModelConfig.from_hf(config, generation)
     except ModelLoadError as error:

@@ -49,7 +49,7 @@ def missing_weights(folder: Path) -> str | None:
 def repository_files(repo: str, revision: str | None, tried: str) -> list[str]:
     """Names of the files in a repository; `ModelLoadError` in one sentence if the hub can't say. `tried` is what failed before."""
     hub = _hub()
-    if hub.constants.is_offline_mode():
+    if hub.constants.HF_HUB_OFFLINE:
         raise ModelLoadError(
             f"{repo!r} is not on this machine ({tried}) and HF_HUB_OFFLINE is set; unset it, or give a local folder or .gguf file"
         )

@@ -11,6 +11,7 @@ hub, so a folder named like a hub id shadows it, as everywhere in this field.
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +22,12 @@ from minfer.errors import ModelLoadError
 from minfer.loader import hub, names
 from minfer.loader.checkpoint import ModelSource, TokenizerSource
 from minfer.loader.gguf import SPLIT, split_parts
+from minfer.loader.gguf_header import read_header
 
 # The hub's own rule; it also keeps "..", absolute paths and option-like names out of file paths.
 REPO = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
+REVISION = re.compile(r"(?!.*\.\.)[\w.+-]+(/[\w.+-]+)*", re.ASCII)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 GGUF_FILE = re.compile(r"(?!.*\.\.)[\w.+-]+(/[\w.+-]+)*\.gguf", re.ASCII)
 
 
@@ -41,8 +45,10 @@ def resolve_model(name: str, *, revision: str | None = None, load_format: LoadFo
     """Finds a model, downloading it if need be; raises `ModelLoadError` that says what was tried and what to do."""
     if not name or "\0" in name:
         raise ModelLoadError("no model was given; name a folder, a .gguf file, a hub id or a short name (`minfer list` shows those)")
-    path = Path(name).expanduser()
-    if path.exists():
+    if revision is not None and not REVISION.fullmatch(revision):
+        raise ModelLoadError(f"revision {revision!r} is not the name of a branch, tag or commit")
+    path = _path(name)
+    if path is not None:
         return _local(name, path, load_format)
     known = names.find(name)
     if known is not None:
@@ -56,17 +62,20 @@ def resolve_model(name: str, *, revision: str | None = None, load_format: LoadFo
 
 
 def resolve_tokenizer(name: str, *, revision: str | None = None) -> TokenizerSource:
-    """A tokenizer of its own choosing: a folder, tokenizer file, .gguf file, short name or hub id (only its small files are fetched)."""
-    path = Path(name).expanduser()
-    if path.is_file() and path.suffix != ".gguf":
+    """A tokenizer other than the model's: a folder, tokenizer file, .gguf file, short name or hub id (only its small files are fetched)."""
+    path = _path(name)
+    if path is not None and (path.suffix != ".gguf" if path.is_file() else any((path / f).is_file() for f in TOKENIZER_FILES)):
         return path
-    if path.is_dir():
-        return path
-    source = resolve_model(name, revision=revision, load_format="dummy" if names.find(name) is None else "auto")
+    known = names.find(name) if path is None else None
+    packaged = _packaged(known[0]) if known else None
+    if packaged is not None:
+        source = ModelSource(kind="gguf", name=name, path=packaged)
+    elif known is not None:
+        source = _from_hub(name, known[0].repo, "", revision, "dummy")
+    else:
+        source = resolve_model(name, revision=revision, load_format="dummy")
     if source.path is None or source.path.is_dir():
         return source.path
-    from minfer.loader.gguf_header import read_header
-
     return read_header(source.path).metadata
 
 
@@ -87,6 +96,12 @@ def list_offline_models() -> list[OfflineModel]:
             size = sum(part.stat().st_size for part in split_parts(file) if part.is_file())
             found.append(OfflineModel(f"{repo}:{file.relative_to(folder)}", "gguf", file, size))
     return found
+
+
+def _path(name: str) -> Path | None:
+    """The file or folder of that name, or None. os.path answers for names that pathlib raises on (too long, unknown ~user)."""
+    expanded = os.path.expanduser(name)
+    return Path(expanded) if name and os.path.exists(expanded) else None
 
 
 def _local(name: str, path: Path, load_format: LoadFormat) -> ModelSource:

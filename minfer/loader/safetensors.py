@@ -28,6 +28,8 @@ from minfer.loader.hf_config import build_config, folder_config, read_json
 
 # Element types a plain (unquantised) weight may have: safetensors' name -> (bytes, the name config.json uses).
 FLOAT_TYPES = {"F64": (8, "float64"), "F32": (4, "float32"), "F16": (2, "float16"), "BF16": (2, "bfloat16")}
+# Where tools older than config.json's `quantization_config` wrote their settings, and which tool it was.
+SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 INDEX = "model.safetensors.index.json"
 
 
@@ -154,9 +156,9 @@ def _same_data(found: Mapping[str, TensorInfo]) -> bool:
 def _refuse_quantised(folder: Path, raw: Mapping[str, Any]) -> None:
     """Quantised checkpoints declare themselves in `config.json` or, from older tools, in a file beside it."""
     settings: Any = raw.get("quantization_config")
-    for name in ("quantize_config.json", "quant_config.json", "hf_quant_config.json"):
+    for name, method in SIDE_FILES.items():
         if settings is None and (folder / name).is_file():
-            settings = {"quant_method": name.split("_")[0], **read_json(folder / name)}
+            settings = {"quant_method": method, **read_json(folder / name)}
     if settings is None:
         return
     method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else "unknown"
