@@ -1,0 +1,190 @@
+"""`AsyncLLM`: the engine for servers. Many concurrent callers, each reading its own stream.
+
+The engine runs in a thread of its own: a step takes milliseconds to seconds, and an event loop that waited for it could not
+even accept a connection. Callers put commands (add, abort) into the thread's inbox; after each step the thread hands all new
+outputs to the event loop in one call. With nothing to do the thread sleeps on its inbox and uses no CPU.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable
+from typing import Any
+
+from minfer.config import EngineConfig
+from minfer.engine.engine import Engine
+from minfer.engine.input_processor import Prompt
+from minfer.engine.outputs import OutputKind, RequestOutput
+from minfer.errors import EngineDeadError, MinferError
+from minfer.sampling_params import SamplingParams
+from minfer.tokenizer import Tokenizer
+
+logger = logging.getLogger("minfer.engine")
+
+_Command = Callable[[], None]
+
+
+class _Stream:
+    """One caller's outputs, or the error that ended them; filled from the engine's thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.items: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
+
+
+class AsyncLLM:
+    """Use as `async for output in llm.generate(...)`, from any number of tasks of one or more event loops."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._streams: dict[str, _Stream] = {}  # touched by the engine's thread only
+        self._stopping = False
+        self._door = threading.Lock()  # a command is either in the inbox before it closes, or refused
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="minfer-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def from_options(cls, model: str, **options: Any) -> AsyncLLM:
+        return cls(Engine.from_config(EngineConfig.from_options({"model": model, **options})))
+
+    @property
+    def config(self) -> EngineConfig:
+        return self.engine.config
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self.engine.tokenizer
+
+    @property
+    def is_running(self) -> bool:
+        """False once the engine has died or been shut down."""
+        return not self._closed and not self._stopping
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: Hashable = None,
+        kind: OutputKind = "cumulative",
+    ) -> AsyncIterator[RequestOutput]:
+        """Yields the request's outputs as they come. Leaving the loop early, or being cancelled, aborts the request.
+
+        Raises RequestError if the request can't be run, EngineDeadError if the engine fails or has failed.
+        """
+        request_id = request_id or uuid.uuid4().hex
+        # Tokenising a long prompt takes milliseconds: neither the event loop nor the engine's thread waits for it.
+        text, ids = await asyncio.to_thread(self.engine.inputs.tokenize, prompt)
+        stream = _Stream(asyncio.get_running_loop())
+
+        def add() -> None:
+            self.engine.add_tokens(request_id, text, ids, sampling_params, priority=priority, cache_salt=cache_salt, kind=kind)
+
+        self._send(lambda: self._admit(request_id, stream, add))
+        finished = False
+        try:
+            while not finished:
+                item = await stream.items.get()
+                if isinstance(item, Exception):
+                    finished = True
+                    raise item
+                finished = item.finished
+                yield item
+        finally:
+            if not finished and self.is_running:
+                self._inbox.put(lambda: self._abort(request_id, stream))
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request; whoever reads its stream gets a last output with finish_reason "abort"."""
+        self._send(lambda: self._deliver(self.engine.abort([request_id])))
+
+    def shutdown(self) -> None:
+        """Stops the thread after the step it is in; requests in flight get an EngineDeadError. Idempotent."""
+        if not self._stopping:
+            self._stopping = True
+            self._inbox.put(lambda: None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _send(self, command: _Command) -> None:
+        with self._door:
+            if self._closed:
+                raise EngineDeadError("the engine is not running any more; restart the server")
+            self._inbox.put(command)
+
+    def _work(self) -> None:
+        try:
+            while not self._stopping:
+                self._obey(block=not self.engine.has_unfinished_requests)
+                if self.engine.has_unfinished_requests and not self._stopping:
+                    self._deliver(self.engine.step())
+            self._fail_everyone(EngineDeadError("the engine was shut down"))
+        except Exception as error:
+            logger.exception("the engine stopped")
+            self._fail_everyone(error if isinstance(error, EngineDeadError) else EngineDeadError(f"the engine stopped: {error}"))
+
+    def _obey(self, block: bool) -> None:
+        """Carries out the waiting commands; waits for one if there is nothing else to do."""
+        try:
+            command = self._inbox.get(block)
+            while True:
+                command()
+                command = self._inbox.get_nowait()
+        except queue.Empty:
+            pass
+
+    def _admit(self, request_id: str, stream: _Stream, add: Callable[[], None]) -> None:
+        try:
+            add()
+        except MinferError as error:
+            self._put({stream: [error]})
+        else:
+            self._streams[request_id] = stream
+
+    def _abort(self, request_id: str, stream: _Stream) -> None:
+        if self._streams.get(request_id) is stream:  # not a later request that reuses the id
+            del self._streams[request_id]
+            self.engine.abort([request_id])
+
+    def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
+        news: dict[_Stream, list[RequestOutput | Exception]] = {}
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                news.setdefault(stream, []).append(output)
+                if output.finished:
+                    del self._streams[output.request_id]
+        self._put(news)
+
+    def _fail_everyone(self, error: EngineDeadError) -> None:
+        """Every reader gets the error, also those whose request was still in the inbox."""
+        with self._door:
+            self._closed = True
+        self._obey(block=False)
+        self.engine.fail_all()
+        news: dict[_Stream, list[RequestOutput | Exception]] = {stream: [error] for stream in self._streams.values()}
+        self._streams.clear()
+        self._put(news)
+
+    def _put(self, news: dict[_Stream, list[RequestOutput | Exception]]) -> None:
+        loops: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput | Exception]]] = {}
+        for stream, items in news.items():
+            loops.setdefault(stream.loop, []).extend((stream, item) for item in items)
+        for loop, pairs in loops.items():
+            try:
+                loop.call_soon_threadsafe(_fill, pairs)
+            except RuntimeError:  # the loop was closed: nobody reads these streams any more
+                logger.debug("dropped %d outputs of a closed event loop", len(pairs))
+
+
+def _fill(pairs: list[tuple[_Stream, RequestOutput | Exception]]) -> None:
+    for stream, item in pairs:
+        stream.items.put_nowait(item)

@@ -1,0 +1,149 @@
+"""`EngineCore`: the loop. Token ids in, token ids out; it knows no text, no clock and no threads.
+
+decide what to run  ->  run it  ->  sample  ->  remember
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from minfer.runner import BatchBuilder, LoadedModel, ModelRunner, RowSpan
+from minfer.sampling import LogitsProcessor, RowLogprobs, Sampler, SamplerOutput, prompt_logprobs
+from minfer.scheduler import Request, ScheduledRequest, Scheduler, SchedulerOutput, create_policy
+
+# Rows of logits scored at a time for prompt log-probabilities: 256 x 128k vocabulary in float32 is 128 MiB.
+SCORING_ROWS = 256
+
+Scores = tuple[int, list[RowLogprobs]]  # (position, scores of the tokens from there on)
+
+
+@dataclass(slots=True)
+class StepTimes:
+    """Seconds spent so far in each part of the loop, and in how many steps: what the host costs beside the model."""
+
+    steps: int = 0
+    schedule: float = 0.0
+    forward: float = 0.0
+    sample: float = 0.0
+    update: float = 0.0
+
+
+@dataclass(slots=True)
+class CoreOutput:
+    """What one step did to one request: its new token, and scores of prompt tokens from a position on, where asked for."""
+
+    request: Request
+    token_id: int | None = None
+    logprobs: RowLogprobs | None = None
+    prompt_logprobs: Scores | None = None
+
+
+@dataclass(slots=True)
+class CoreStep:
+    scheduled: list[Request] = field(default_factory=list)
+    outputs: list[CoreOutput] = field(default_factory=list)
+    failed: list[Request] = field(default_factory=list)  # ended with "error": the model gave no distribution to sample from
+
+
+class EngineCore:
+    def __init__(self, loaded: LoadedModel, processors: Sequence[LogitsProcessor] = ()) -> None:
+        config = loaded.config
+        self.loaded = loaded
+        self.scheduler = Scheduler(
+            num_blocks=loaded.cache.num_blocks,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_prefill_chunk=config.max_prefill_chunk,
+            policy=create_policy(config.policy),
+            prefix_caching=config.prefix_caching,
+        )
+        builder = BatchBuilder(config.max_num_batched_tokens, config.max_num_seqs, loaded.max_model_len, config.block_size, loaded.device)
+        self.runner = ModelRunner(loaded.model, loaded.cache, builder)
+        self.sampler = Sampler(loaded.model_config.vocab_size, loaded.device, processors)
+        self.times = StepTimes()
+
+    def step(self) -> CoreStep:
+        """One turn of the loop. With nothing to do it returns an empty step."""
+        t0 = time.perf_counter()
+        plan = self.scheduler.schedule()
+        if not plan.scheduled:
+            return CoreStep()
+        spans = [_span(item) for item in plan.scheduled]
+        t1 = time.perf_counter()
+        hidden = self.runner.run(spans, plan.copies)  # [S, H], the rows that spans ask for
+        scores = self._score_prompts(plan, spans, hidden)
+        sampling, at = _sampling_rows(plan, spans)
+        logits = self.runner.logits(hidden if len(at) == len(hidden) else hidden[at])
+        t2 = time.perf_counter()
+        sampled = self.sampler.sample(logits, sampling)
+        t3 = time.perf_counter()
+        step = self._remember(plan, sampling, sampled, scores)
+        self._count(t1 - t0, t2 - t1, t3 - t2, time.perf_counter() - t3)
+        return step
+
+    def _remember(self, plan: SchedulerOutput, sampling: list[Request], sampled: SamplerOutput, scores: dict[Request, Scores]) -> CoreStep:
+        failed = [sampling[row] for row in sampled.failed]
+        for request in failed:
+            self.scheduler.finish(request, "error")
+        rows = zip(sampling, sampled.token_ids, sampled.logprobs, strict=True)
+        outputs = {request: CoreOutput(request, token, logprobs) for request, token, logprobs in rows if not request.finished}
+        self.scheduler.update(plan, {request: output.token_id for request, output in outputs.items() if output.token_id is not None})
+        for request, score in scores.items():
+            outputs.setdefault(request, CoreOutput(request)).prompt_logprobs = score
+        return CoreStep([item.request for item in plan.scheduled], list(outputs.values()), failed)
+
+    def _score_prompts(self, plan: SchedulerOutput, spans: list[RowSpan], hidden: torch.Tensor) -> dict[Request, Scores]:
+        """Log-probabilities of the prompt tokens that this step's tokens predict, for the requests that want them."""
+        scores: dict[Request, Scores] = {}
+        row = 0
+        for item, span in zip(plan.scheduled, spans, strict=True):
+            request = item.request
+            if _wants_scores(item):
+                # Token i predicts token i + 1, so the prompt's last token scores nothing.
+                targets = request.prompt_token_ids[item.start + 1 : item.start + item.num_new_tokens + 1]
+                k = request.params.prompt_logprobs or 0
+                scores[request] = (item.start + 1, self._score(hidden[row : row + len(targets)], targets, k))
+            row += span.logits
+        return scores
+
+    def _score(self, hidden: torch.Tensor, targets: list[int], k: int) -> list[RowLogprobs]:
+        scored: list[RowLogprobs] = []
+        for start in range(0, len(targets), SCORING_ROWS):
+            part = slice(start, start + SCORING_ROWS)
+            scored += prompt_logprobs(self.runner.logits(hidden[part]), targets[part], k)
+        return scored
+
+    def _count(self, schedule: float, forward: float, sample: float, update: float) -> None:
+        times = self.times
+        times.steps += 1
+        times.schedule += schedule
+        times.forward += forward
+        times.sample += sample
+        times.update += update
+
+
+def _wants_scores(item: ScheduledRequest) -> bool:
+    request = item.request
+    return request.params.prompt_logprobs is not None and item.start < request.num_prompt_tokens - 1
+
+
+def _span(item: ScheduledRequest) -> RowSpan:
+    logits = item.num_new_tokens if _wants_scores(item) else int(item.samples)
+    return RowSpan(item.request, item.start, item.num_new_tokens, logits)
+
+
+def _sampling_rows(plan: SchedulerOutput, spans: list[RowSpan]) -> tuple[list[Request], list[int]]:
+    """The requests that get a token, and which of the step's hidden rows decides it: the last of their span."""
+    requests, rows = [], []
+    row = 0
+    for item, span in zip(plan.scheduled, spans, strict=True):
+        row += span.logits
+        if item.samples:
+            requests.append(item.request)
+            rows.append(row - 1)
+    return requests, rows

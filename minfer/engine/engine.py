@@ -1,0 +1,121 @@
+"""`Engine`: requests in text or ids go in, `RequestOutput`s come out, one `step()` at a time.
+
+It has no thread and no loop of its own: `LLM` calls `step` until all is done, `AsyncLLM` calls it from its thread. If a step
+raises, every request in flight is ended with "error", all blocks are released, and the engine refuses further work: what
+the model left behind can't be trusted, and a supervisor that restarts the process does better than one that guesses.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
+
+from minfer.config import EngineConfig
+from minfer.engine.core import EngineCore
+from minfer.engine.input_processor import InputProcessor, Prompt
+from minfer.engine.output_processor import OutputProcessor
+from minfer.engine.outputs import OutputKind, RequestOutput
+from minfer.errors import EngineDeadError, RequestError
+from minfer.loader import resolve_tokenizer
+from minfer.runner import LoadedModel, load_model
+from minfer.sampling import LogitsProcessor
+from minfer.sampling_params import SamplingParams
+from minfer.tokenizer import Tokenizer
+
+
+class Engine:
+    def __init__(self, loaded: LoadedModel, tokenizer: Tokenizer | None, processors: Sequence[LogitsProcessor] = ()) -> None:
+        self.config = loaded.config
+        self.model_config = loaded.model_config
+        self.tokenizer = tokenizer
+        self.core = EngineCore(loaded, processors)
+        self.inputs = InputProcessor(loaded.config, loaded.model_config, tokenizer)
+        self.outputs = OutputProcessor(tokenizer)
+        self._death: BaseException | None = None
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> Engine:
+        """Loads model and tokenizer. Raises ModelLoadError, ConfigError or CapacityError."""
+        loaded = load_model(config)
+        started = time.perf_counter()
+        tokenizer = load_tokenizer(config, loaded)
+        loaded.phase_seconds["tokenizer"] = time.perf_counter() - started
+        return cls(loaded, tokenizer)
+
+    @property
+    def dead(self) -> bool:
+        return self._death is not None
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        return len(self.outputs) > 0
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: Hashable = None,
+        kind: OutputKind = "cumulative",
+    ) -> None:
+        """Queues a request. Raises RequestError if it can't be run; nothing has been admitted then."""
+        text, ids = self.inputs.tokenize(prompt)
+        self.add_tokens(request_id, text, ids, params, priority=priority, cache_salt=cache_salt, kind=kind)
+
+    def add_tokens(
+        self,
+        request_id: str,
+        text: str | None,
+        ids: list[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: Hashable = None,
+        kind: OutputKind = "cumulative",
+    ) -> None:
+        """`add_request` for a prompt that `inputs.tokenize` has been through already."""
+        if self._death is not None:
+            raise EngineDeadError(f"the engine stopped after an error: {self._death}") from self._death
+        if request_id in self.outputs:
+            raise RequestError(f"a request with the id {request_id!r} is already running; ids must be unique", param="request_id")
+        requests = self.inputs.requests(request_id, ids, params, priority=priority, cache_key=cache_salt)
+        self.outputs.add(request_id, text, requests, kind)
+        for request in requests:
+            self.core.scheduler.add(request)
+
+    def abort(self, request_ids: Iterable[str]) -> list[RequestOutput]:
+        """Ends requests where they stand; their blocks are free on return. Unknown or finished ids are ignored."""
+        ended = [request for request_id in request_ids for request in self.outputs.requests_of(request_id)]
+        for request in ended:
+            self.core.scheduler.finish(request, "abort")
+        return self.outputs.close(ended)
+
+    def step(self) -> list[RequestOutput]:
+        """One turn of the loop: the outputs that changed. Raises EngineDeadError if the model failed."""
+        if self._death is not None:
+            raise EngineDeadError(f"the engine stopped after an error: {self._death}") from self._death
+        started = time.monotonic()
+        try:
+            done = self.core.step()
+            return self.outputs.process(done, started, self.core.scheduler.finish)
+        except Exception as error:
+            self._death = error
+            raise EngineDeadError(f"a step of the engine failed with {type(error).__name__}: {error}") from error
+
+    def fail_all(self) -> list[RequestOutput]:
+        """After a failed step: ends everything in flight with "error" and releases all blocks."""
+        ended = [request for request_id in self.outputs.ids() for request in self.outputs.requests_of(request_id)]
+        for request in ended:
+            self.core.scheduler.finish(request, "error")
+        return self.outputs.close(ended)
+
+
+def load_tokenizer(config: EngineConfig, loaded: LoadedModel) -> Tokenizer | None:
+    """The tokenizer that was asked for, else the checkpoint's own; None where there is none (random weights)."""
+    source = resolve_tokenizer(config.tokenizer, revision=config.revision) if config.tokenizer else loaded.checkpoint.tokenizer_source
+    if source is None:
+        return None
+    return Tokenizer.from_folder(source) if isinstance(source, Path) else Tokenizer.from_gguf_metadata(source)

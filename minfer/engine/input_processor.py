@@ -1,0 +1,111 @@
+"""What callers send -> `Request`s, checked before anything is admitted.
+
+A request that gets past here can be run: its ids exist, it fits the context and the pool, its parameters are in range. So
+nothing that a caller sends can surprise the step loop, where an error would be everybody's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+from minfer.config import EngineConfig, ModelConfig
+from minfer.errors import RequestError
+from minfer.sampling import derive_seed
+from minfer.sampling_params import SamplingParams
+from minfer.scheduler import Request
+from minfer.tokenizer import Tokenizer
+
+Prompt = str | Mapping[str, Any] | Sequence[int]
+
+
+class InputProcessor:
+    def __init__(self, config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer | None) -> None:
+        assert config.max_model_len is not None, "the config of a loaded model has it"
+        self.max_model_len = config.max_model_len
+        self.default_seed = config.seed
+        self.vocab_size = min(model.vocab_size, tokenizer.vocab_size if tokenizer is not None else model.vocab_size)
+        eos = tokenizer.eos_token_ids if tokenizer is not None else ()
+        self.eos_token_ids = tuple(dict.fromkeys((*model.eos_token_ids, *eos)))
+        self.tokenizer = tokenizer
+        self._arrivals = itertools.count()
+
+    def tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """A string, `{"prompt": str}`, `{"prompt_token_ids": [int]}` or a list of ids -> (text if there was one, ids)."""
+        if isinstance(prompt, Mapping):
+            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+            if unknown or len(prompt) != 1:
+                raise RequestError(f'a prompt must hold either "prompt" or "prompt_token_ids", not {sorted(prompt)}', param="prompt")
+            prompt = next(iter(prompt.values()))
+        text: str | None = None
+        if isinstance(prompt, str):
+            text, ids = prompt, self._tokenizer("a prompt in text").encode(prompt)
+        elif isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
+            ids = [*prompt]
+        else:
+            raise RequestError(f"a prompt must be a string or a list of token ids, not {type(prompt).__name__}", param="prompt")
+        self._check_ids("prompt", ids)
+        if not ids:
+            raise RequestError("the prompt is empty; give at least one token", param="prompt")
+        if len(ids) >= self.max_model_len:
+            raise RequestError(
+                f"This model's maximum context length is {self.max_model_len} tokens. However, your prompt has {len(ids)} tokens, "
+                "which leaves no room for output. Please shorten the prompt.",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        return text, ids
+
+    def requests(
+        self, request_id: str, ids: list[int], params: SamplingParams, *, priority: int = 0, cache_key: Hashable = None
+    ) -> list[Request]:
+        """The `n` sequences of one request. Siblings fork from the first one, which alone scores the prompt."""
+        self._check_params(params)
+        limit = self.max_model_len
+        if params.max_tokens is not None:
+            limit = min(limit, len(ids) + params.max_tokens)
+        if params.bad_words:
+            params = dataclasses.replace(params, bad_word_token_ids=self._bad_word_ids(params.bad_words))
+        root_seed = params.seed if params.seed is not None else self.default_seed
+        requests: list[Request] = []
+        for index in range(params.n):
+            requests.append(
+                Request(
+                    request_id=request_id if params.n == 1 else f"{request_id}/{index}",
+                    prompt_token_ids=ids,
+                    params=params if index == 0 else dataclasses.replace(params, prompt_logprobs=None),
+                    max_total_tokens=limit,
+                    seed=derive_seed(root_seed, index),
+                    eos_token_ids=self.eos_token_ids,
+                    arrival=next(self._arrivals),
+                    priority=priority,
+                    cache_key=cache_key,
+                    fork_of=requests[0] if requests else None,
+                )
+            )
+        return requests
+
+    def _check_params(self, params: SamplingParams) -> None:
+        for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
+            self._check_ids(name, list(ids))
+        if params.stop:
+            self._tokenizer("a stop string")
+
+    def _check_ids(self, param: str, ids: list[int]) -> None:
+        for token in ids:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.vocab_size:
+                raise RequestError(f"{param} holds {token!r}, which is not a token id (0 to {self.vocab_size - 1})", param=param)
+
+    def _bad_word_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Each word as it is spelled at the start of a text and after a space, since tokenizers tell the two apart."""
+        spellings = (text for word in words for text in (word, " " + word.lstrip()))
+        encode = self._tokenizer("bad_words").encode
+        ids = (tuple(encode(text, add_special_tokens=False)) for text in spellings)
+        return tuple(dict.fromkeys(sequence for sequence in ids if sequence))
+
+    def _tokenizer(self, purpose: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise RequestError(f"{purpose} needs a tokenizer, and this model was loaded without one; send token ids, or set --tokenizer")
+        return self.tokenizer

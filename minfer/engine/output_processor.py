@@ -1,0 +1,216 @@
+"""New tokens -> text -> `RequestOutput`: detokenising, stop strings, log-probabilities, timings.
+
+A `_Sequence` keeps what one sequence has said so far, a `_Group` ties the `n` sequences of a request together. The scheduler
+ends sequences by token (end-of-text, stop ids, length); stop strings are only visible here, in the text, so this file is
+where those end a sequence.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from minfer.engine.core import CoreOutput, CoreStep
+from minfer.engine.outputs import CompletionOutput, Logprob, OutputKind, PositionLogprobs, RequestMetrics, RequestOutput
+from minfer.sampling import RowLogprobs
+from minfer.scheduler import FinishReason, Request
+from minfer.tokenizer import IncrementalDetokenizer, StopMatcher, Tokenizer
+
+# Ends a sequence that said a stop string: the scheduler's `finish`.
+Finish = Callable[[Request, FinishReason, str], None]
+
+
+@dataclass(eq=False, slots=True)
+class _Sequence:
+    index: int
+    request: Request
+    detokenizer: IncrementalDetokenizer | None  # None: a model without a tokenizer says ids only
+    stops: StopMatcher
+    text: list[str] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] | None = None
+    cumulative_logprob: float | None = None
+    # How much of each the caller of a delta has been given.
+    sent_text: int = 0
+    sent_tokens: int = 0
+    closed: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class _Group:
+    request_id: str
+    prompt: str | None
+    kind: OutputKind
+    metrics: RequestMetrics
+    sequences: list[_Sequence]
+    prompt_logprobs: list[PositionLogprobs | None] | None
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.closed for sequence in self.sequences)
+
+
+class OutputProcessor:
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self.tokenizer = tokenizer
+        self._groups: dict[str, _Group] = {}
+        self._home: dict[Request, tuple[_Group, _Sequence]] = {}
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._groups
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def add(self, request_id: str, prompt: str | None, requests: list[Request], kind: OutputKind) -> None:
+        sequences = [self._sequence(index, request) for index, request in enumerate(requests)]
+        scores: list[PositionLogprobs | None] | None = [None] if requests[0].params.prompt_logprobs is not None else None
+        group = _Group(request_id, prompt, kind, RequestMetrics(arrival_time=time.monotonic()), sequences, scores)
+        self._groups[request_id] = group
+        for sequence in sequences:
+            self._home[sequence.request] = group, sequence
+
+    def ids(self) -> list[str]:
+        """The requests in flight."""
+        return list(self._groups)
+
+    def requests_of(self, request_id: str) -> list[Request]:
+        """The unfinished sequences of a request; none if it is unknown."""
+        group = self._groups.get(request_id)
+        return [s.request for s in group.sequences if not s.closed] if group else []
+
+    def process(self, step: CoreStep, started: float, finish: Finish) -> list[RequestOutput]:
+        """One step's tokens -> the outputs that callers are to see now. `started` is when the step began."""
+        now = time.monotonic()
+        changed: dict[_Group, None] = {}
+        for request in step.scheduled:
+            group, _ = self._home[request]
+            if group.metrics.first_scheduled_time is None:
+                group.metrics.first_scheduled_time = started
+        for output in step.outputs:
+            group, sequence = self._home[output.request]
+            self._take(group, sequence, output, now, finish)
+            changed[group] = None
+        return self._emit(changed, step.failed)
+
+    def close(self, requests: Iterable[Request]) -> list[RequestOutput]:
+        """Outputs for sequences that ended outside a step: aborted, or failed."""
+        return self._emit({}, requests)
+
+    def _emit(self, changed: dict[_Group, None], ended: Iterable[Request]) -> list[RequestOutput]:
+        for request in ended:
+            group, sequence = self._home[request]
+            self._close(group, sequence)
+            changed[group] = None
+        outputs = []
+        for group in changed:
+            if group.finished:
+                group.metrics.finished_time = time.monotonic()
+                del self._groups[group.request_id]
+                for sequence in group.sequences:
+                    del self._home[sequence.request]
+            if group.finished or group.kind != "final":
+                outputs.append(self._output(group))
+        return outputs
+
+    def _take(self, group: _Group, sequence: _Sequence, output: CoreOutput, now: float, finish: Finish) -> None:
+        request, metrics = sequence.request, group.metrics
+        if output.prompt_logprobs is not None and group.prompt_logprobs is not None:
+            start, scores = output.prompt_logprobs
+            del group.prompt_logprobs[start:]  # a preempted prompt is scored again from the start
+            group.prompt_logprobs += [self._position(score) for score in scores]
+        if output.token_id is None:
+            return
+        metrics.first_token_time = metrics.first_token_time or now
+        metrics.last_token_time = now
+        metrics.num_output_tokens += 1
+        if output.logprobs is not None and sequence.logprobs is not None:
+            sequence.logprobs.append(self._position(output.logprobs))
+            sequence.cumulative_logprob = (sequence.cumulative_logprob or 0.0) + output.logprobs.logprob
+        self._say(sequence, output.token_id)
+        if sequence.stops.matched is not None and not request.finished:
+            finish(request, "stop", sequence.stops.matched)
+        if request.finished:
+            self._close(group, sequence)
+
+    def _say(self, sequence: _Sequence, token: int) -> None:
+        request, params = sequence.request, sequence.request.params
+        silent = request.finish_reason == "stop" and not params.include_stop_str_in_output  # a stop token is not part of the text
+        piece = "" if silent or sequence.detokenizer is None else sequence.detokenizer.append((token,))
+        # Stop strings count only once min_tokens have been said.
+        sequence.text.append(sequence.stops.feed(piece) if len(request.output_token_ids) >= params.min_tokens else piece)
+
+    def _close(self, group: _Group, sequence: _Sequence) -> None:
+        if sequence.closed:
+            return
+        sequence.closed = True
+        if sequence.stops.matched is None:
+            rest = "" if sequence.detokenizer is None else sequence.detokenizer.finish()
+            sequence.text.append(sequence.stops.feed(rest) + sequence.stops.finish())
+            if sequence.stops.matched is not None:  # decided only now that nothing can follow
+                sequence.request.finish_reason, sequence.request.stop_reason = "stop", sequence.stops.matched
+        group.metrics.num_preemptions += sequence.request.num_preemptions
+
+    def _output(self, group: _Group) -> RequestOutput:
+        first = group.sequences[0].request
+        if group.kind == "delta":
+            completions = [self._delta(s) for s in group.sequences if s.closed or s.sent_tokens < len(s.request.output_token_ids)]
+        else:
+            completions = [self._whole(s) for s in group.sequences]
+        return RequestOutput(
+            request_id=group.request_id,
+            prompt=group.prompt,
+            prompt_token_ids=first.prompt_token_ids,
+            outputs=[c for c in completions if c is not None],
+            finished=group.finished,
+            metrics=group.metrics,
+            prompt_logprobs=group.prompt_logprobs,
+            num_cached_tokens=first.num_cached_tokens,
+        )
+
+    def _whole(self, sequence: _Sequence) -> CompletionOutput:
+        logprobs = None if sequence.logprobs is None else list(sequence.logprobs)
+        return self._completion(sequence, "".join(sequence.text), list(sequence.request.output_token_ids), logprobs)
+
+    def _delta(self, sequence: _Sequence) -> CompletionOutput | None:
+        """What is new since the last delta; None once the end of the sequence has been told."""
+        if sequence.sent_text < 0:
+            return None
+        tokens, seen = sequence.request.output_token_ids, sequence.sent_tokens
+        text = "".join(sequence.text[sequence.sent_text :])
+        logprobs = None if sequence.logprobs is None else sequence.logprobs[seen:]
+        sequence.sent_tokens = len(tokens)
+        sequence.sent_text = -1 if sequence.closed else len(sequence.text)
+        return self._completion(sequence, text, tokens[seen:], logprobs)
+
+    def _completion(
+        self, sequence: _Sequence, text: str, token_ids: list[int], logprobs: list[PositionLogprobs] | None
+    ) -> CompletionOutput:
+        request = sequence.request
+        return CompletionOutput(
+            index=sequence.index,
+            text=text,
+            token_ids=token_ids,
+            cumulative_logprob=sequence.cumulative_logprob,
+            logprobs=logprobs,
+            finish_reason=request.finish_reason if sequence.closed else None,
+            stop_reason=request.stop_reason if sequence.closed else None,
+        )
+
+    def _sequence(self, index: int, request: Request) -> _Sequence:
+        params, tokenizer = request.params, self.tokenizer
+        skip = params.skip_special_tokens
+        return _Sequence(
+            index=index,
+            request=request,
+            detokenizer=None if tokenizer is None else tokenizer.detokenizer(request.prompt_token_ids, skip_special_tokens=skip),
+            stops=StopMatcher(params.stop, params.include_stop_str_in_output),
+            logprobs=[] if params.logprobs is not None else None,
+        )
+
+    def _position(self, scores: RowLogprobs) -> PositionLogprobs:
+        text = self.tokenizer.token_text if self.tokenizer is not None else lambda token: ""
+        position = {scores.token_id: Logprob(scores.logprob, scores.rank, text(scores.token_id))}
+        for rank, (token, logprob) in enumerate(zip(scores.top_token_ids, scores.top_logprobs, strict=True), start=1):
+            position[token] = Logprob(logprob, rank, text(token))
+        return position
