@@ -1,0 +1,150 @@
+"""The compiled CPU backend: the ops of the table as calls into the library, and matrices repacked for its products.
+
+Each method checks what the kernel takes for granted (types, strides), takes its output from the runtime and makes one
+call. What it leaves out: anything but float32, bfloat16 and float16 activations, which the reference backend serves.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from minfer.batch import Batch
+from minfer.errors import ConfigError
+from minfer.kernels.cpu.runtime import DTYPES, Runtime
+from minfer.kernels.ops import Backend, Weight
+from minfer.kvcache import LayerCache
+from minfer.quant import PackedWeight
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_HEAD_DIM = 1024  # attention.cpp keeps a row of zeros of this length
+
+
+class CpuBackend(Backend):
+    """Owns its thread pool. Raises LibraryMissingError where the kernels were not built."""
+
+    name = "cpu"
+
+    def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
+        self.runtime = runtime = Runtime(threads, isa)
+        self._rms_norm = runtime.op(
+            "rms_norm",
+            "ptr x, ptr residual, ptr weight, ptr out, ptr sum, int rows, int width, int x_stride, int residual_stride, int dtype, "
+            "int weight_dtype, double eps",
+        )
+        self._rotary = runtime.op(
+            "rotary",
+            "ptr q, ptr k, ptr positions, ptr table, int rows, int q_heads, int k_heads, int dim, int q_stride, int k_stride, int dtype",
+        )
+        self._write_kv = runtime.op(
+            "write_kv",
+            "ptr k, ptr v, ptr k_cache, ptr v_cache, ptr slots, int rows, int heads, int dim, int block_size, int k_stride, int v_stride, "
+            "int dtype, int cache_dtype",
+        )
+        self._attention = runtime.op(
+            "attention",
+            "ptr q, ptr k_cache, ptr v_cache, ptr out, ptr query_start, ptr seq_lens, ptr block_tables, int requests, int heads, "
+            "int kv_heads, int dim, int block_size, int q_stride, int table_stride, int dtype, int cache_dtype, int window, "
+            "double scale, double softcap",
+        )
+        self._silu_mul = runtime.op("silu_mul", "ptr x, ptr out, int rows, int width, int x_stride, int dtype")
+        self._argmax = runtime.op("argmax", "ptr x, ptr out, int rows, int width, int x_stride, int dtype")
+
+    def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
+        return "matrix products are not compiled yet"
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, width = x.shape
+        runtime, stride = self.runtime, _row_stride(x, "x")
+        out = runtime.empty((rows, width), x.dtype)
+        total = x
+        if residual is not None:
+            _same_type("residual", residual, x)
+            total = runtime.empty((rows, width), x.dtype)
+        residual_stride = 0 if residual is None else _row_stride(residual, "residual")
+        pointers = (runtime.ptr(x), runtime.ptr(residual), runtime.ptr(weight), runtime.ptr(out), runtime.ptr(total))
+        self._rms_norm(*pointers, rows, width, stride, residual_stride, _code(x), _code(weight), eps)
+        return out, total
+
+    def rotary(self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> None:
+        _same_type("k", k, q)
+        _index("positions", positions, torch.int32)
+        if table.dtype != torch.float32 or not table.is_contiguous():
+            raise ConfigError(f"the rotary table must be contiguous float32, not {table.dtype}")
+        (rows, q_heads, dim), k_heads = q.shape, k.shape[1]
+        ptr = self.runtime.ptr
+        strides = (_row_stride(q, "q"), _row_stride(k, "k"))
+        self._rotary(ptr(q), ptr(k), ptr(positions), ptr(table), rows, q_heads, k_heads, dim, *strides, _code(q))
+
+    def write_kv(self, k: torch.Tensor, v: torch.Tensor, cache: LayerCache, slots: torch.Tensor) -> None:
+        _same_type("v", v, k)
+        _index("slots", slots, torch.int64)
+        rows, heads, dim = k.shape
+        ptr = self.runtime.ptr
+        pointers = (ptr(k), ptr(v), ptr(cache.k), ptr(cache.v), ptr(slots))
+        strides = (_row_stride(k, "k"), _row_stride(v, "v"))
+        self._write_kv(*pointers, rows, heads, dim, cache.block_size, *strides, _code(k), _code(cache.k))
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        cache: LayerCache,
+        batch: Batch,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        rows, heads, dim = q.shape
+        if dim > _MAX_HEAD_DIM or dim % 2:
+            raise ConfigError(f"the cpu backend's attention takes an even head_dim up to {_MAX_HEAD_DIM}, not {dim}")
+        for name in ("query_start", "seq_lens", "block_tables"):
+            _index(name, getattr(batch, name), torch.int32)
+        runtime, ptr = self.runtime, self.runtime.ptr
+        out = runtime.empty((rows, heads, dim), q.dtype)
+        pointers = (ptr(q), ptr(cache.k), ptr(cache.v), ptr(out), ptr(batch.query_start), ptr(batch.seq_lens), ptr(batch.block_tables))
+        sizes = (batch.num_requests, heads, cache.k.shape[1], dim, cache.block_size)
+        strides = (_row_stride(q, "q"), batch.block_tables.stride(0))
+        self._attention(*pointers, *sizes, *strides, _code(q), _code(cache.k), window or 0, scale, softcap or 0.0)
+        return out
+
+    def act_mul(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        if kind != "silu":
+            raise ConfigError(f"the cpu backend's act_mul knows silu, not {kind!r}")
+        rows, width = x.shape[0], x.shape[1] // 2
+        out = self.runtime.empty((rows, width), x.dtype)
+        self._silu_mul(self.runtime.ptr(x), self.runtime.ptr(out), rows, width, _row_stride(x, "x"), _code(x))
+        return out
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        rows, width = logits.shape
+        out = self.runtime.empty((rows,), torch.int64)
+        self._argmax(self.runtime.ptr(logits), self.runtime.ptr(out), rows, width, _row_stride(logits, "logits"), _code(logits))
+        return out
+
+
+def _code(tensor: torch.Tensor) -> int:
+    """The number that the kernels know the tensor's type by."""
+    if tensor.dtype not in FLOATS:
+        raise ConfigError(f"the cpu backend computes in float32, bfloat16 and float16, not {tensor.dtype}")
+    return DTYPES[tensor.dtype]
+
+
+def _row_stride(tensor: torch.Tensor, name: str) -> int:
+    """Elements between rows, after checking that everything within a row is contiguous."""
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape[1:]), reversed(tensor.stride()[1:]), strict=True):
+        if stride != expected and size != 1:
+            raise ConfigError(f"{name} must be contiguous but for its first axis, not {list(tensor.shape)} by {list(tensor.stride())}")
+        expected *= size
+    return tensor.stride(0)
+
+
+def _same_type(name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
+    if tensor.dtype != like.dtype:
+        raise ConfigError(f"{name} must be {like.dtype} as its companion is, not {tensor.dtype}")
+
+
+def _index(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype or tensor.stride(-1) != 1:
+        raise ConfigError(f"{name} must be contiguous {dtype}, not {tensor.dtype}")
