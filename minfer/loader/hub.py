@@ -25,7 +25,8 @@ def cached_folder(repo: str, revision: str | None = None) -> Path | None:
     """The cache's snapshot folder of a repository, complete or not, or None. Never touches the network."""
     hub = _hub()
     try:
-        return Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
+        # No patterns: the client would otherwise hold a snapshot incomplete that lacks the files we never ask for.
+        return Path(hub.snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[]))
     except (OSError, ValueError):  # LocalEntryNotFoundError is both the client's and a FileNotFoundError
         return None
 

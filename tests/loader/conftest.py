@@ -1,9 +1,17 @@
-"""Checkpoints for the loader's tests, written by the format owners' code: transformers for folders, `gguf.GGUFWriter` for GGUF."""
+"""Checkpoints for the loader's tests, written by the format owners' code: transformers for folders, `gguf.GGUFWriter` for GGUF.
+
+And a hub to download them from: as much of its HTTP interface as huggingface_hub uses, over files given as bytes.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
-from collections.abc import Callable, Mapping
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +100,15 @@ def write_gguf() -> Callable[..., Path]:
         kv_heads: int = 2,
         keys: Mapping[str, Any] | None = None,
         extra: Mapping[str, np.ndarray] | None = None,
+        tokens: bool = True,
+        split_max_tensors: int = 0,
     ) -> Path:
-        writer = gguf.GGUFWriter(path, arch)
+        writer = gguf.GGUFWriter(path, arch, split_max_tensors=split_max_tensors)
         embedding = tensors["model.embed_tokens.weight"]
         embedding = embedding[0] if isinstance(embedding, tuple) else embedding
-        writer.add_token_list([f"t{i}".encode() for i in range(len(embedding))])
-        hidden = len(tensors["model.norm.weight"])
+        if tokens:
+            writer.add_token_list([f"t{i}".encode() for i in range(len(embedding))])
+        hidden = len(tensors["model.layers.0.input_layernorm.weight"])
         defaults = {
             "context_length": 128,
             "embedding_length": hidden,
@@ -140,3 +151,79 @@ def gguf_shaped(tiny: Callable[..., Any], write_gguf: Callable[..., Path], tmp_p
         return write_gguf(tmp_path / name, state, arch="llama" if family == "mistral" else family, **options)
 
     return build
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@contextmanager
+def _serve(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[tuple[str, list[str]]]:
+    """Yields the endpoint's address and the list of files that were downloaded, as it grows."""
+    fetched: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.answer(body=False)
+
+        def do_GET(self) -> None:
+            self.answer(body=True)
+
+        def answer(self, *, body: bool) -> None:
+            path = self.path.partition("?")[0]
+            if path.startswith("/api/models/"):
+                repo, _, action = path.removeprefix("/api/models/").partition("/")
+                name, _, action = action.partition("/")
+                files = repositories.get(f"{repo}/{name}")
+                if files is None:
+                    self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
+                elif action.startswith("tree/"):
+                    entries = [{"type": "file", "path": n, "size": len(c), "oid": oid(c)} for n, c in files.items()]
+                    self.reply(200, json.dumps(entries).encode(), {"Content-Type": "application/json"}, body)
+                else:
+                    info = {"id": f"{repo}/{name}", "sha": COMMIT, "siblings": [{"rfilename": n} for n in files]}
+                    self.reply(200, json.dumps(info).encode(), {"Content-Type": "application/json"}, body)
+                return
+            repo, _, file = path.removeprefix("/").partition("/resolve/")
+            content = repositories.get(repo, {}).get(file.partition("/")[2])
+            if content is None:
+                self.reply(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
+                return
+            if body:
+                fetched.append(file.partition("/")[2])
+            self.reply(200, content, {"ETag": f'"{oid(content)}"', "X-Repo-Commit": COMMIT}, body)
+
+        def reply(self, status: int, content: bytes, headers: Mapping[str, str], body: bool) -> None:
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if body:
+                self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", fetched
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def oid(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
+
+
+@pytest.fixture
+def serve() -> Callable[..., Any]:
+    return _serve
+
+
+@pytest.fixture(scope="session")
+def smollm2_reader(smollm2: Path) -> gguf.GGUFReader:
+    """The package's own view of the file; shared because it takes seconds to make."""
+    return gguf.GGUFReader(smollm2)

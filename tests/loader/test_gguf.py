@@ -59,11 +59,17 @@ def test_smollm2_as_transformers_reads_it(smollm2: Path, monkeypatch: pytest.Mon
     assert checkpoint.tokenizer_source["tokenizer.ggml.model"] == "gpt2"
 
 
-def test_smollm2_as_the_gguf_package_dequantises_it(smollm2: Path) -> None:
+def test_smollm2_as_the_gguf_package_dequantises_it(smollm2: Path, smollm2_reader: gguf.GGUFReader) -> None:
     """Where no row moves, values are bit for bit the package's."""
     loaded = open_file(smollm2)
-    for tensor in gguf.GGUFReader(smollm2).tensors:
-        if tensor.name in ("token_embd.weight", "output_norm.weight", "blk.7.ffn_down.weight", "blk.29.attn_v.weight", "blk.3.attn_norm.weight"):
+    for tensor in smollm2_reader.tensors:
+        if tensor.name in (
+            "token_embd.weight",
+            "output_norm.weight",
+            "blk.7.ffn_down.weight",
+            "blk.29.attn_v.weight",
+            "blk.3.attn_norm.weight",
+        ):
             name = {
                 "token_embd.weight": "model.embed_tokens.weight",
                 "output_norm.weight": "model.norm.weight",
@@ -91,7 +97,9 @@ def test_a_converted_model_comes_back(
     model = tiny(family, **options)
     state = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight" or not options.get("tie_word_embeddings")}
     keys = {"attention.key_length": 16, "rope.dimension_count": 16} if "head_dim" in options else {}
-    path = write_gguf(tmp_path / "m.gguf", {n: t.numpy() for n, t in state.items()}, arch="qwen2" if family == "qwen2" else "llama", keys=keys)
+    path = write_gguf(
+        tmp_path / "m.gguf", {n: t.numpy() for n, t in state.items()}, arch="qwen2" if family == "qwen2" else "llama", keys=keys
+    )
     checkpoint = open_file(path)
     loaded = dict(checkpoint.tensors())
     assert loaded.keys() == state.keys()
@@ -117,7 +125,9 @@ def test_transformers_reads_our_converted_file_alike(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_files_keep_their_dtype(tiny: Callable[..., Any], write_gguf: Callable[..., Path], tmp_path: Path, dtype: torch.dtype) -> None:
+def test_half_precision_files_keep_their_dtype(
+    tiny: Callable[..., Any], write_gguf: Callable[..., Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
     state = {n: t.to(dtype) if t.dim() == 2 else t for n, t in tiny().state_dict().items()}
     raw = {
         n: (t.view(torch.uint8).numpy(), GGMLQuantizationType.BF16) if t.dtype == torch.bfloat16 else t.numpy() for n, t in state.items()
@@ -183,7 +193,12 @@ def test_llama3_frequency_factors_and_yarn(gguf_shaped: Callable[..., Path]) -> 
 
 
 def test_sliding_window_and_end_tokens(gguf_shaped: Callable[..., Path]) -> None:
-    ends = {"tokenizer.ggml.eos_token_id": 9, "tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.eom_token_id": 9, "tokenizer.ggml.bos_token_id": 1}
+    ends = {
+        "tokenizer.ggml.eos_token_id": 9,
+        "tokenizer.ggml.eot_token_id": 7,
+        "tokenizer.ggml.eom_token_id": 9,
+        "tokenizer.ggml.bos_token_id": 1,
+    }
     config = open_file(gguf_shaped(keys={"attention.sliding_window": 8, **ends})).config
     assert config.sliding_windows == (8, 8)
     assert (config.eos_token_ids, config.bos_token_id) == ((9, 7), 1)
@@ -195,7 +210,10 @@ def test_sliding_window_and_end_tokens(gguf_shaped: Callable[..., Path]) -> None
     [
         ({"drop": ("model.layers.1.mlp.up_proj.weight",)}, "model.layers.1.mlp.up_proj.weight.*missing"),
         ({"drop": ("model.norm.weight",)}, "model.norm.weight.*missing"),
-        ({"drop": ("model.layers.1.mlp.up_proj.weight",), "extra": {"blk.1.ffn_up.weight": np.zeros((64, 16), np.float32)}}, r"\[64, 16\].*\[64, 32\]"),
+        (
+            {"drop": ("model.layers.1.mlp.up_proj.weight",), "extra": {"blk.1.ffn_up.weight": np.zeros((64, 16), np.float32)}},
+            r"\[64, 16\].*\[64, 32\]",
+        ),
         ({"extra": {"blk.0.attn_q_norm.weight": np.zeros(8, np.float32)}}, "blk.0.attn_q_norm.weight.*no place in a llama model"),
         ({"extra": {"blk.00.attn_q.weight": np.zeros((32, 32), np.float32)}}, "blk.00.attn_q.weight.*no place"),
         ({"extra": {"blk.2.attn_q.weight": np.zeros((32, 32), np.float32)}, "keys": {"block_count": 2}}, "layers.2.*no place"),
@@ -228,36 +246,22 @@ def test_another_architecture_is_refused(write_gguf: Callable[..., Path], tiny: 
         open_file(path)
 
 
-def test_split_files(tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_split_files(tiny: Callable[..., Any], write_gguf: Callable[..., Path], tmp_path: Path) -> None:
     """Written by the package's own splitting, two tensors a file."""
     state = {n: t.numpy() for n, t in tiny("qwen2").state_dict().items()}
-    from conftest import gguf_name  # the helper module next to this file
-
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen2", split_max_tensors=2)
-    writer.add_block_count(2)
-    writer.add_context_length(128)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    for name, data in state.items():
-        writer.add_tensor(gguf_name(name), data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(tmp_path / "m.gguf", state, arch="qwen2", tokens=False, split_max_tensors=2)
     parts = sorted(tmp_path.glob("*.gguf"))
     assert len(parts) > 3
     checkpoint = open_file(parts[0])
     assert {n: t.tolist() for n, t in checkpoint.tensors()} == {n: t.tolist() for n, t in state.items()}
     assert checkpoint.tokenizer_source is None
-    with pytest.raises(ModelLoadError, match="is part 2 of .* give the first part"):
+    with pytest.raises(ModelLoadError, match=r"is part 2 of .* give the first part"):
         open_file(parts[1])
     parts[2].write_bytes(parts[1].read_bytes())
     with pytest.raises(ModelLoadError, match=r"00003-of-.*is in .*00002-of-.*already"):
         open_file(parts[0])
     parts[2].unlink()
-    with pytest.raises(ModelLoadError, match="00003-of-.*is missing; the model is split into"):
+    with pytest.raises(ModelLoadError, match=r"00003-of-.*is missing; the model is split into"):
         open_file(parts[0])
 
 

@@ -201,7 +201,7 @@ def test_quantised_checkpoints_are_refused_by_method(folder: Path) -> None:
     with pytest.raises(ModelLoadError, match="quantised with 'gptq'"):
         open_folder(folder)
     edit_json(folder / "config.json", quantization_config={"quant_method": "awq", "bits": 4})
-    with pytest.raises(ModelLoadError, match="quantised with 'awq', which is not supported yet; use .*GGUF"):
+    with pytest.raises(ModelLoadError, match=r"quantised with 'awq', which is not supported yet; use .*GGUF"):
         open_folder(folder)
 
 
