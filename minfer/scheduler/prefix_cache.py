@@ -32,9 +32,6 @@ class PrefixCache:
         self._roots: dict[Hashable, PrefixNode] = {}
         self._node_of: dict[int, PrefixNode] = {}  # block -> node
 
-    def __len__(self) -> int:
-        return len(self._node_of)
-
     def root(self, cache_key: Hashable) -> PrefixNode:
         if cache_key not in self._roots:
             self._roots[cache_key] = PrefixNode(None, cache_key, -1)

@@ -87,7 +87,7 @@ class Scheduler:
         self.max_prefill_chunk = max_prefill_chunk or max_num_batched_tokens
         self.policy = policy
         self.prefix_cache = PrefixCache(block_size) if prefix_caching else None
-        self.pool = BlockPool(num_blocks, self.prefix_cache.forget if self.prefix_cache else lambda block: None)
+        self.pool = BlockPool(num_blocks, self.prefix_cache.forget if self.prefix_cache is not None else lambda block: None)
         self.running: list[Request] = []  # in policy order
         self.stats = SchedulerStats()
         self._waiting: list[tuple[tuple[int, ...], Request]] = []  # a heap in policy order; finished ones linger until popped
@@ -154,7 +154,7 @@ class Scheduler:
         for request in self.running:
             assert request.status is RequestStatus.RUNNING, f"{request.request_id} runs but is {request.status}"
             assert len(request.blocks) * self.block_size >= request.num_computed_tokens, "computed tokens without blocks"
-        for node in self.prefix_cache.nodes() if self.prefix_cache else ():
+        for node in self.prefix_cache.nodes() if self.prefix_cache is not None else ():
             parent = node.parent
             if parent is not None and parent.block >= 0 and self.pool.references(node.block):
                 assert self.pool.references(parent.block), "a cached block is in use but the block before it is not"

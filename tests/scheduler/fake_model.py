@@ -1,0 +1,89 @@
+"""Drives a `Scheduler` with a model that is a pure function of the tokens, and checks every invariant at every step.
+
+The "KV" is a dictionary from slot to the token that was written there, so reading a wrong, stale or foreign slot is seen at
+once: attention over the table must find exactly the sequence's own tokens.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+from minfer.sampling_params import SamplingParams
+from minfer.scheduler import Request, Scheduler, create_policy
+
+
+def next_token(tokens: list[int], vocab: int = 50) -> int:
+    """What the fake model says after these tokens."""
+    return zlib.crc32(bytes(t % 256 for t in tokens)) % vocab
+
+
+def expected_output(prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class FakeEngine:
+    def __init__(self, *, num_blocks: int, block_size: int = 4, policy: str = "fcfs", **settings: object) -> None:
+        options: dict[str, object] = {"max_num_seqs": 8, "max_num_batched_tokens": 32, **settings}
+        self.scheduler = Scheduler(num_blocks=num_blocks, block_size=block_size, policy=create_policy(policy), **options)  # type: ignore[arg-type]
+        self.memory: dict[int, int] = {}  # slot -> token
+        self.requests: list[Request] = []
+        self.computed_per_step: list[dict[str, int]] = []
+
+    def add(self, prompt: list[int], max_tokens: int, *, n: int = 1, priority: int = 0, salt: object = None) -> list[Request]:
+        siblings: list[Request] = []
+        for index in range(n):
+            request = Request(
+                request_id=f"r{len(self.requests)}",
+                prompt_token_ids=list(prompt),
+                params=SamplingParams(max_tokens=max_tokens, n=n),
+                max_total_tokens=len(prompt) + max_tokens,
+                seed=index,
+                arrival=len(self.requests),
+                priority=priority,
+                cache_key=salt,
+                fork_of=siblings[0] if siblings else None,
+            )
+            siblings.append(request)
+            self.requests.append(request)
+            self.scheduler.add(request)
+        return siblings
+
+    def step(self) -> bool:
+        """Runs one step; False if there was nothing to run."""
+        scheduler = self.scheduler
+        plan = scheduler.schedule()
+        scheduler.check_integrity()
+        assert plan.num_tokens <= scheduler.max_num_batched_tokens
+        assert len(scheduler.running) <= scheduler.max_num_seqs
+        size = scheduler.block_size
+        for source, target in plan.copies:
+            for offset in range(size):
+                self.memory[target * size + offset] = self.memory.get(source * size + offset, -1)
+        written: set[int] = set()
+        for item in plan.scheduled:
+            for position in range(item.start, item.start + item.num_new_tokens):
+                slot = item.request.blocks[position // size] * size + position % size
+                assert slot not in written, "two tokens of a step in one slot"
+                written.add(slot)
+                self.memory[slot] = item.request.token_ids[position]
+        sampled = {}
+        for item in plan.scheduled:
+            request, end = item.request, item.start + item.num_new_tokens
+            seen = [self.memory.get(request.blocks[p // size] * size + p % size) for p in range(end)]
+            assert seen == request.token_ids[:end], f"{request.request_id} reads KV that is not its own"
+            if item.samples:
+                sampled[request] = next_token(request.token_ids)
+        self.computed_per_step.append({item.request.request_id: item.num_new_tokens for item in plan.scheduled})
+        scheduler.update(plan, sampled)
+        scheduler.check_integrity()
+        return bool(plan.scheduled)
+
+    def run(self, limit: int = 10_000) -> None:
+        for _ in range(limit):
+            if not self.scheduler.has_requests:
+                return
+            assert self.step(), "requests wait, but nothing was scheduled"
+        raise AssertionError(f"not finished after {limit} steps")
