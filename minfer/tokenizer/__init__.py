@@ -1,7 +1,7 @@
 """Tokenizers: text to ids and back, chat templates, streamed text and stop strings.
 
 tokenizer.py      Tokenizer, the class that everything above uses
-folder.py gguf.py spm.py   readers: a Hugging Face folder, GGUF metadata, SentencePiece's tokenizer.model
+folder.py gguf_vocab.py spm.py   readers: a Hugging Face folder, GGUF metadata, SentencePiece's tokenizer.model
 pretokenizers.py  GGUF's names for splitting rules
 token_bytes.py detokenizer.py   ids to bytes to text, never half a character
 stop.py           stop strings across pieces of text

@@ -31,8 +31,10 @@ def read_folder(folder: Path) -> TokenizerSource:
     config = {**_json_object(folder / "special_tokens_map.json"), **_json_object(folder / "tokenizer_config.json")}
     if (folder / "tokenizer.json").is_file():
         source = TokenizerSource(_load_backend(folder / "tokenizer.json"), None, (), {}, origin=str(folder / "tokenizer.json"))
+        adds_own_tokens = True  # its post-processor decides about BOS and EOS; the flags in the config are older
     elif (folder / "tokenizer.model").is_file():
         source = read_sentencepiece(folder / "tokenizer.model")
+        adds_own_tokens = False
     else:
         raise ModelLoadError(f"{folder}: there is no tokenizer.json and no tokenizer.model.")
     backend = source.backend
@@ -43,9 +45,9 @@ def read_folder(folder: Path) -> TokenizerSource:
         if name in texts and ids[name] is None:
             raise ModelLoadError(f"{folder / 'tokenizer_config.json'}: {name} {texts[name]!r} is not in the vocabulary.")
     bos, eos = ids.get("bos_token"), ids.get("eos_token")
-    if "add_bos_token" in config or "add_eos_token" in config or backend.post_processor is None:
-        first = (texts["bos_token"], bos) if config.get("add_bos_token") and bos is not None else None
-        last = (texts["eos_token"], eos) if config.get("add_eos_token") and eos is not None else None
+    if not adds_own_tokens:
+        first = (texts["bos_token"], bos) if config.get("add_bos_token", True) and bos is not None else None
+        last = (texts["eos_token"], eos) if config.get("add_eos_token", False) and eos is not None else None
         set_bos_eos(backend, first, last)
     return replace(
         source,
@@ -86,7 +88,7 @@ def _token_text(value: Any) -> str | None:
 
 
 def _add_configured_tokens(backend: Backend, folder: Path, config: Mapping[str, Any]) -> None:
-    """Tokens that only `tokenizer_config.json` lists, or lists with other flags; its word counts, as in transformers."""
+    """Tokens that only `tokenizer_config.json` lists, or lists with other flags; a token is special if either file says so."""
     listed = config.get("added_tokens_decoder", {})
     known = backend.get_added_tokens_decoder()
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -94,7 +96,9 @@ def _add_configured_tokens(backend: Backend, folder: Path, config: Mapping[str, 
     try:
         for key, entry in listed.items():
             token = AddedToken(entry["content"], **{flag: bool(entry[flag]) for flag in flags if flag in entry})
-            if repr(known.get(int(key))) != repr(token):
+            before = known.get(int(key))
+            token.special = token.special or (before is not None and before.special)
+            if repr(before) != repr(token):
                 missing[int(key)] = token
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelLoadError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is damaged: {error!r}.") from error

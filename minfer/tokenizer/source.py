@@ -1,6 +1,6 @@
 """What a checkpoint says about its tokenizer, whichever file it stood in: the one form that the readers produce.
 
-`folder.py`, `gguf.py` and `spm.py` each fill in a `TokenizerSource`; `Tokenizer` is built from it and knows no file formats.
+`folder.py`, `gguf_vocab.py` and `spm.py` each fill in a `TokenizerSource`; `Tokenizer` is built from it and knows no file formats.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ calling the sentencepiece library, and the tests hold the ids against that libra
 
 - BPE: SentencePiece merges the adjacent pair whose union has the best score; `tokenizers` merges by rank in a list. Listing every
   way to split every piece, best score first, gives the same order. (Kudo and Richardson 2018, arXiv:1808.06226.)
-- Unigram: both take the best segmentation by the sum of the scores.
+- Unigram: both take the best segmentation by the sum of the scores; of two with exactly the same sum they may take different ones.
 - Text begins with a dummy `▁` where the model asks for it, and so does the text after a special token, as in the original Llama 2
   tokenizer.json and in llama.cpp. (SentencePiece itself knows no special tokens in text, so it has no opinion.)
 
@@ -27,7 +27,7 @@ from tokenizers.models import BPE, Unigram
 from tokenizers.normalizers import Normalizer
 
 from minfer.errors import ModelLoadError
-from minfer.tokenizer.source import TokenizerSource, add_tokens, set_bos_eos
+from minfer.tokenizer.source import TokenizerSource, add_tokens
 
 # The piece types of sentencepiece_model.proto, which GGUF's token_type shares.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -59,7 +59,7 @@ class SentencePieceModel:
 
 
 def read_sentencepiece(path: Path) -> TokenizerSource:
-    """Read a `tokenizer.model`. Llama's convention applies: a BOS is added where the model has one, an EOS is not."""
+    """Read a `tokenizer.model`. It doesn't say whether a BOS or EOS is added to a text; the caller decides (`folder.py`)."""
     try:
         model = parse_model(path.read_bytes())
     except (ValueError, IndexError, struct.error, UnicodeDecodeError) as error:
@@ -67,10 +67,9 @@ def read_sentencepiece(path: Path) -> TokenizerSource:
     backend = build_backend(model, str(path))
     ids = {"bos_token": model.bos_id, "eos_token": model.eos_id, "unk_token": model.unknown_id}
     texts = {name: model.pieces[token_id].text for name, token_id in ids.items() if 0 <= token_id < len(model.pieces)}
-    bos = (texts["bos_token"], model.bos_id) if "bos_token" in texts else None
-    set_bos_eos(backend, bos, None)
+    bos = model.bos_id if "bos_token" in texts else None
     eos = (model.eos_id,) if "eos_token" in texts else ()
-    return TokenizerSource(backend, bos[1] if bos else None, eos, texts, origin=str(path))
+    return TokenizerSource(backend, bos, eos, texts, origin=str(path))
 
 
 def build_backend(model: SentencePieceModel, origin: str) -> Backend:
@@ -150,8 +149,8 @@ def parse_model(data: bytes) -> SentencePieceModel:
     kind = {1: "unigram", 2: "bpe"}.get(_int(trainer.get(3, 1)))
     if kind is None or _int(trainer.get(24, 0)):
         raise ValueError("its kind is neither BPE nor Unigram with spaces in front, and only those are supported")
-    if not pieces:
-        raise ValueError("it holds no pieces")
+    if not pieces or not trainer or not normalizer:
+        raise ValueError("it ends before its pieces or its settings")
     return SentencePieceModel(
         pieces=tuple(pieces),
         kind=kind,

@@ -1,6 +1,6 @@
 """Text to ids and back, for every checkpoint format, behind one class.
 
-The work of encoding is done by the `tokenizers` library, whatever file the vocabulary came from (`folder.py`, `gguf.py`, `spm.py`),
+The work of encoding is done by the `tokenizers` library, whatever file the vocabulary came from (`folder.py`, `gguf_vocab.py`, `spm.py`),
 so ids are those of the Hugging Face tokenizer. Decoding is a per-token map to bytes (`token_bytes.py`), so that streamed and whole
 text are the same by construction.
 
@@ -22,7 +22,7 @@ from minfer.errors import RequestError
 from minfer.tokenizer import chat
 from minfer.tokenizer.detokenizer import IncrementalDetokenizer
 from minfer.tokenizer.folder import read_folder
-from minfer.tokenizer.gguf import read_gguf_metadata
+from minfer.tokenizer.gguf_vocab import read_gguf_metadata
 from minfer.tokenizer.source import TokenizerSource
 from minfer.tokenizer.text_only import TextOnlyEncoder
 from minfer.tokenizer.token_bytes import TokenBytes
@@ -80,12 +80,13 @@ class Tokenizer:
         special tokens that occur in the text as ordinary characters: use it for text that others wrote.
         """
         try:
-            if not parse_special:
-                return self._text_encoder().encode(text, add_special_tokens=add_special_tokens)
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-            return ids
+            text.encode()  # here, since `tokenizers` names no position
         except UnicodeEncodeError as error:
             raise RequestError(f"The text isn't valid Unicode: it holds a lone surrogate at position {error.start}.") from error
+        if not parse_special:
+            return self._text_encoder().encode(text, add_special_tokens=add_special_tokens)
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; invalid UTF-8 becomes U+FFFD, ids beyond the vocabulary become nothing."""
