@@ -22,14 +22,22 @@ MIN_TEMPERATURE = 1e-30  # below it, 1 / temperature leaves float32
 
 
 class Filters(NamedTuple):
-    """What a group of rows asks for, each [R] float64 on the logits' device; infinite where a row doesn't ask."""
+    """What a group of rows asks for, each [R] float64 on the logits' device; None where no row of the group asks.
 
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    min_p: Tensor  # 0 where not asked
-    typical_p: Tensor
+    Rows that don't ask while others do hold what changes nothing: infinity, and 0 for min-p.
+    """
+
     uniform: Tensor  # [0, 1)
+    temperature: Tensor
+    top_k: Tensor | None
+    top_p: Tensor | None
+    min_p: Tensor | None
+    typical_p: Tensor | None
+
+    def take(self, at: Tensor) -> Filters:
+        """Those of the rows `at`."""
+        asked = [None if values is None else values[at] for values in self[2:]]
+        return Filters(self.uniform[at], self.temperature[at], *asked)
 
 
 def weigh(logits: Tensor, best: Tensor, temperature: Tensor) -> Tensor:
@@ -48,25 +56,29 @@ def draw_by_id(weights: Tensor, uniform: Tensor) -> Tensor:
     return first + _invert(inside.double().cumsum(-1), target - before)
 
 
-def draw_by_rank(ranked: Ranked, best: Tensor, filters: Filters, mass: Tensor, typical: bool) -> tuple[Tensor, Tensor]:
-    """[R] int64 tokens among the candidates that pass the filters, and [R] bool: whether there were candidates enough.
+def draw_by_rank(ranked: Ranked, best: Tensor, filters: Filters, mass: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[R] int64 tokens among the candidates that pass the filters, and [R] float64: the candidates' weight after top-k.
 
-    `mass` [R] float64 is the whole row's weight, of which top-p takes its share where there is no top-k. Candidates are
-    enough when all that is left out would be filtered. `typical` says whether any row asks for typical-p.
+    `mass` [R] float64 is the weight of which top-p takes its share: that of the whole row, or NaN where top-k comes first
+    and the share is of what it left (None: so in all rows). Where the candidates weigh less than top-p of it, some are
+    missing and the token is wrong.
     """
-    scaled = (ranked.values.double() - best.double()[:, None]) / filters.temperature.clamp(min=MIN_TEMPERATURE)[:, None]
-    ranks = torch.arange(scaled.shape[1], device=scaled.device)
-    weights = scaled.exp().masked_fill(ranks >= filters.top_k[:, None], 0.0)
+    scaled = (ranked.values.double() - best[:, None]) / filters.temperature.clamp(min=MIN_TEMPERATURE)[:, None]
+    weights = scaled.exp()
+    if filters.top_k is not None:
+        weights.masked_fill_(torch.arange(scaled.shape[1], device=scaled.device) >= filters.top_k[:, None], 0.0)
     sums = weights.cumsum(-1)
-    total = torch.where(filters.top_k.isinf(), mass, sums[:, -1])
-    needed = filters.top_p * total
-    enough = filters.top_p.isinf() | ~filters.top_k.isinf() | (sums[:, -1] >= needed)
-    weights = weights.masked_fill((_before(sums) >= needed[:, None]) | (weights < filters.min_p[:, None]), 0.0)
-    if typical:
+    if filters.top_p is not None:
+        total = sums[:, -1] if mass is None else torch.where(mass.isnan(), sums[:, -1], mass)
+        needed = filters.top_p * total
+        weights.masked_fill_(_before(sums) >= needed[:, None], 0.0)
+    if filters.min_p is not None:
+        weights.masked_fill_(weights < filters.min_p[:, None], 0.0)
+    if filters.typical_p is not None:
         weights = _keep_typical(weights, scaled, filters.typical_p)
-    sums = weights.cumsum(-1)
-    picked = _invert(sums, filters.uniform * sums[:, -1])
-    return ranked.ids.gather(1, picked[:, None])[:, 0], enough
+    kept = weights.cumsum(-1)
+    picked = _invert(kept, filters.uniform * kept[:, -1])
+    return ranked.ids.gather(1, picked[:, None])[:, 0], sums[:, -1]
 
 
 def _keep_typical(weights: Tensor, scaled: Tensor, typical_p: Tensor) -> Tensor:

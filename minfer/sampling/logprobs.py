@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minfer.sampling.draw import weigh
-from minfer.sampling.ranking import block_maxima, block_sums, kth_bound, rank
+from minfer.sampling.ranking import block_maxima, block_sums, count_ahead, kth_bound, rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,36 +28,32 @@ class RowLogprobs:
     top_logprobs: list[float]
 
 
+@torch.inference_mode()
 def prompt_logprobs(logits: Tensor, targets: Sequence[int], k: int) -> list[RowLogprobs]:
-    """Scores known tokens: row i of `logits` [S, V] float32 is where token `targets[i]` followed.
+    """Scores known tokens: row i of `logits` [S, V] float32 is where token `targets[i]` followed. k=0: the targets alone.
 
-    Takes a few times the memory of `logits`, which stay as they are: callers with long prompts pass a few hundred rows at
-    a time. k=0 gives the targets alone.
+    Overwrites `logits`, so that scoring takes no second copy of them; callers with long prompts pass some rows at a time.
     """
-    return token_logprobs(logits, list(targets), [k] * len(targets))
+    return token_logprobs(logits, targets, [k] * len(targets))
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], ks: Sequence[int]) -> list[RowLogprobs]:
-    """For each row its token's value and the `ks[i]` best (all, where the vocabulary is smaller)."""
+    """For each row its token's value and the `ks[i]` best (all, where the vocabulary is smaller); overwrites `logits`."""
     if not tokens:
         return []
     maxima = block_maxima(logits)
     best = maxima.amax(-1)
-    norm = best.double() + block_sums(weigh(logits.clone(), best, torch.ones_like(best, dtype=torch.float64))).double().sum(-1).log()
-
-    token = torch.tensor(tokens, device=logits.device)[:, None]
-    chosen = logits.gather(1, token)
-    ids = torch.arange(logits.shape[1], device=logits.device)
-    ahead = ((logits > chosen) | ((logits == chosen) & (ids < token))).sum(-1)
-    value = (chosen.double() - norm[:, None]).float()[:, 0]
-
+    token = torch.tensor(tokens, device=logits.device)
+    ahead = count_ahead(logits, maxima, token)
+    values = logits.gather(1, token[:, None])
     most = min(max(ks), logits.shape[1])
+    top_ids = token[:, None][:, :0]
     if most:
-        k = torch.full_like(token[:, 0], most)
-        ranked = rank(logits, maxima, kth_bound(maxima, k, most))
-        top_ids = ranked.ids[:, :most].tolist()
-        top_values = (ranked.values[:, :most].double() - norm[:, None]).float().tolist()
-    else:
-        top_ids = top_values = [[] for _ in tokens]
-    rows = zip(tokens, value.tolist(), ahead.tolist(), ks, top_ids, top_values, strict=True)
-    return [RowLogprobs(t, v, r + 1, i[:k], w[:k]) for t, v, r, k, i, w in rows]
+        ranked = rank(logits, maxima, kth_bound(maxima, torch.full_like(token, most), most))
+        top_ids = ranked.ids[:, :most]
+        values = torch.cat((values, ranked.values[:, :most]), -1)
+    weights = weigh(logits, best, torch.ones_like(best, dtype=torch.float64))
+    norm = best.double() + block_sums(weights).double().cumsum(-1)[:, -1].log()
+    found = (values.double() - norm[:, None]).float().tolist()
+    rows = zip(tokens, found, ahead.tolist(), ks, top_ids.tolist(), strict=True)
+    return [RowLogprobs(token_id, value, place + 1, ids[:k], top[:k]) for token_id, (value, *top), place, k, ids in rows]

@@ -8,9 +8,10 @@ are in `penalties.py`.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -89,10 +90,8 @@ class LogitBias:
                 at += [index] * len(ids)
                 tokens += ids
                 values += biases
-        if not at:
-            return
-        where = index_entries(logits, at, tokens)
-        logits.index_put_(where, torch.tensor(values, dtype=logits.dtype, device=logits.device), accumulate=True)
+        if at:
+            edit_entries(logits, at, tokens, values, accumulate=True)
 
 
 class _BannedSequences:
@@ -153,11 +152,13 @@ class MinTokens:
 def mask_entries(logits: Tensor, at: list[int], tokens: list[int]) -> None:
     """Sets `logits[at[i], tokens[i]]` to -inf for every i."""
     if at:
-        where = index_entries(logits, at, tokens)
-        logits.index_put_(where, torch.tensor(-torch.inf, dtype=logits.dtype, device=logits.device))
+        edit_entries(logits, at, tokens, [-math.inf] * len(at), accumulate=False)
 
 
-def index_entries(logits: Tensor, at: list[int], tokens: list[int]) -> Any:
-    """The pair of index tensors naming `logits[at[i], tokens[i]]`, in the type that torch's indexing calls take."""
+def edit_entries(logits: Tensor, at: list[int], tokens: list[int], values: list[float], *, accumulate: bool) -> None:
+    """Sets or adds to `logits[at[i], tokens[i]]`; tokens past the vocabulary can't be picked anyway and are left out."""
+    if max(tokens) >= logits.shape[1]:
+        inside = [i for i, token in enumerate(tokens) if token < logits.shape[1]]
+        at, tokens, values = [at[i] for i in inside], [tokens[i] for i in inside], [values[i] for i in inside]
     where = torch.tensor([at, tokens], dtype=torch.int64).to(logits.device)
-    return (where[0], where[1])
+    logits.index_put_((where[0], where[1]), torch.tensor(values, dtype=logits.dtype).to(logits.device), accumulate=accumulate)

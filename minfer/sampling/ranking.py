@@ -14,7 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 BLOCK = 64
@@ -64,25 +66,62 @@ def rank(logits: Tensor, maxima: Tensor, bound: Tensor) -> Ranked:
     if logits.device.type != "cpu":
         return Ranked(*torch.sort(logits, dim=-1, descending=True, stable=True))
     rows, ids, values = _reaching(logits, maxima, bound)
-    counts = torch.bincount(rows, minlength=len(logits))
-    column = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
-    width = max(1, int(counts.max()))
-    padded = torch.full((len(logits), width), -torch.inf)
-    padded_ids = torch.zeros(padded.shape, dtype=torch.int64)
-    padded[rows, column] = values
-    padded_ids[rows, column] = ids
-    ordered, order = torch.sort(padded, dim=-1, descending=True, stable=True)  # stable: equal logits stay in id order
-    return Ranked(ordered, padded_ids.gather(1, order))
+    counts = np.bincount(rows, minlength=len(logits))
+    keys = np.full((len(logits), max(1, counts.max())), _PADDING, dtype=np.uint64)
+    keys[rows, np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]] = _pack(values, ids)
+    keys.sort(axis=-1)  # of 64-bit integers: numpy does it with SIMD, ten times faster than a stable sort of floats
+    return Ranked(*(torch.from_numpy(part) for part in _unpack(keys)))
 
 
-def _reaching(logits: Tensor, maxima: Tensor, bound: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, id, value) of every logit >= its row's bound, by row and then id."""
+def count_ahead(logits: Tensor, maxima: Tensor, tokens: Tensor) -> Tensor:
+    """[R] int64: how many of row i's logits rank before that of `tokens[i]`."""
+    chosen = logits.gather(1, tokens[:, None])
+    if logits.device.type != "cpu":
+        ids = torch.arange(logits.shape[1], device=logits.device)
+        return ((logits > chosen) | ((logits == chosen) & (ids < tokens[:, None]))).sum(-1)
+    rows, candidates, values = _reaching(logits, maxima, chosen[:, 0])
+    ahead = (values > chosen.numpy()[rows, 0]) | (candidates < tokens.numpy()[rows])
+    return torch.from_numpy(np.bincount(rows[ahead], minlength=len(logits)))
+
+
+def _reaching(logits: Tensor, maxima: Tensor, bound: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """(row, id, value) of every logit >= its row's bound, by row; on the CPU."""
     rows, blocks = (maxima >= bound[:, None]).nonzero(as_tuple=True)
-    ids = blocks[:, None] * BLOCK + torch.arange(BLOCK)  # [N, BLOCK]
-    inside = ids < logits.shape[1]
-    values = logits[rows[:, None], ids.clamp(max=logits.shape[1] - 1)]
-    entry, offset = ((values >= bound[rows][:, None]) & inside).nonzero(as_tuple=True)
-    return rows[entry], ids[entry, offset], values[entry, offset]
+    size = logits.shape[1]
+    width = min(BLOCK, size)
+    first = blocks * BLOCK
+    start = first.clamp(max=size - width)  # the last window is moved back to end where the vocabulary ends
+    values = logits.unfold(1, width, 1)[rows, start]  # [N, width]
+    reached = values >= bound[rows, None]
+    if size % width:
+        reached &= start[:, None] + torch.arange(width) >= first[:, None]  # what moving back repeats
+    found = np.flatnonzero(reached.numpy())
+    window = found // width
+    return rows.numpy()[window], start.numpy()[window] + found % width, values.numpy().ravel()[found]
+
+
+_SIGN = np.uint32(0x80000000)
+_LOW = np.uint64(0xFFFFFFFF)
+_HALF = np.uint64(32)
+
+
+def _pack(values: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """One integer that grows as the rank does: the float's bits, mapped to falling order, above the id."""
+    bits = (values + np.float32(0)).view(np.uint32)  # + 0: -0.0 and 0.0 are equal and must be so here
+    falling = np.where(bits & _SIGN, bits, ~(bits | _SIGN))
+    keys: NDArray[np.uint64] = (falling.astype(np.uint64) << _HALF) | ids.astype(np.uint64)
+    return keys
+
+
+def _unpack(keys: NDArray[np.uint64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    falling = (keys >> _HALF).astype(np.uint32)
+    values = np.where(falling & _SIGN, falling, ~falling & ~_SIGN).view(np.float32)
+    ids = (keys & _LOW).astype(np.int64)
+    ids[keys == _PADDING] = 0
+    return values, ids
+
+
+_PADDING = _pack(np.array([-np.inf], dtype=np.float32), np.array([0xFFFFFFFF]))[0]  # behind all that is real
 
 
 def _per_block(values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:

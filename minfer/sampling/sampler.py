@@ -8,7 +8,7 @@ Which group a row is in, and all that is summed for it, depends on its own param
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,8 @@ from minfer.sampling.processors import BadWords, LogitBias, LogitsProcessor, Min
 from minfer.sampling.ranking import block_maxima, block_sums, first_argmax, kth_bound, rank
 from minfer.sampling.rng import uniforms
 from minfer.sampling_params import SamplingParams
+
+_Draw = Callable[[Tensor, Tensor, Tensor, Sequence[SamplingRow]], Tensor]  # (logits, block maxima, best, rows) -> ids [R]
 
 FIRST_CANDIDATES = 64  # what top-p alone looks at first: at usual settings the nucleus is smaller
 
@@ -81,63 +83,23 @@ class Sampler:
 
     def _pick(self, logits: Tensor, maxima: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         """[S] int64; any id at all in rows whose `best` isn't finite. May overwrite `logits`."""
-        picked = first_argmax(logits, maxima)  # for all rows: with the maxima at hand it costs next to nothing
-        plain: list[int] = []
-        filtered: list[int] = []
+        groups: dict[_Draw, list[int]] = {}
         for index, row in enumerate(rows):
-            if not row.params.greedy:
-                (filtered if _filtered(row.params, self.vocab_size) else plain).append(index)
-        for group, draw in ((filtered, self._draw_filtered), (plain, self._draw_plain)):
-            if len(group) == len(rows):
-                picked = draw(logits, maxima, best, rows)
-            elif group:
-                at = torch.tensor(group, device=logits.device)
-                picked[at] = draw(logits[at], maxima[at], best[at], [rows[index] for index in group])
+            groups.setdefault(self._draw_for(row.params), []).append(index)
+        if len(groups) == 1:
+            return next(iter(groups))(logits, maxima, best, rows)
+        picked = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+        for draw, group in groups.items():
+            at = torch.tensor(group, device=logits.device)
+            picked[at] = draw(logits[at], maxima[at], best[at], [rows[index] for index in group])
         return picked
 
-    def _draw_plain(self, logits: Tensor, maxima: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-        temperature, uniform = self._to_device([[row.params.temperature for row in rows], _uniforms(rows)])
-        return draw_by_id(weigh(logits, best, temperature), uniform)
-
-    def _draw_filtered(self, logits: Tensor, maxima: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-        params = [row.params for row in rows]
-        top_ks = [p.top_k if 0 < p.top_k < self.vocab_size else 0 for p in params]
-        nucleus = [not k and p.top_p < 1 for k, p in zip(top_ks, params, strict=True)]  # top-p of the whole row
-        typical = any(p.typical_p < 1 for p in params)
-        filters = Filters(
-            *self._to_device(
-                [
-                    [p.temperature for p in params],
-                    [k or math.inf for k in top_ks],
-                    [p.top_p if p.top_p < 1 else math.inf for p in params],
-                    [p.min_p for p in params],
-                    [p.typical_p if p.typical_p < 1 else math.inf for p in params],
-                    _uniforms(rows),
-                ]
-            )
-        )
-        mass = torch.ones_like(filters.temperature)
-        if any(nucleus):
-            mass = block_sums(weigh(logits.clone(), best, filters.temperature)).double().cumsum(-1)[:, -1]
-
-        bound = _weight_bound(best, filters.temperature, filters.min_p)
-        at_least = [k or (FIRST_CANDIDATES if alone else 0) for k, alone in zip(top_ks, nucleus, strict=True)]
-        if any(at_least):
-            k = torch.tensor(at_least, device=logits.device)
-            bound = torch.where(k > 0, kth_bound(maxima, k.clamp(min=1), max(at_least)), bound)
-        bound = bound.masked_fill(~best.isfinite(), math.inf)
-        picked, enough = draw_by_rank(rank(logits, maxima, bound), best, filters, mass, typical)
-        if logits.device.type == "cpu" and any(nucleus):  # elsewhere `rank` leaves nothing out
-            at = (~enough & best.isfinite()).nonzero()[:, 0]
-            if len(at):
-                few = Filters(*(values[at] for values in filters))
-                # Tokens below this weight have together less than half of what top-p drops: leaving them out is safe.
-                bound = _weight_bound(best[at], few.temperature, (1 - few.top_p) * mass[at] / (2 * self.vocab_size))
-                picked[at] = draw_by_rank(rank(logits[at], maxima[at], bound), best[at], few, mass[at], typical)[0]
-        return picked
-
-    def _to_device(self, values: list[list[float]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64).to(self.device)
+    def _draw_for(self, params: SamplingParams) -> _Draw:
+        if params.greedy:
+            return _argmax
+        if _top_k(params, self.vocab_size) or params.top_p < 1 or params.min_p > 0 or params.typical_p < 1:
+            return _draw_filtered
+        return _draw_plain
 
     def _check(self, logits: Tensor, rows: Sequence[SamplingRow]) -> None:
         if logits.shape != (len(rows), self.vocab_size) or logits.dtype != torch.float32 or logits.device.type != self.device.type:
@@ -147,8 +109,70 @@ class Sampler:
             )
 
 
-def _filtered(params: SamplingParams, vocab_size: int) -> bool:
-    return 0 < params.top_k < vocab_size or params.top_p < 1 or params.min_p > 0 or params.typical_p < 1
+def _argmax(logits: Tensor, maxima: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    return first_argmax(logits, maxima)
+
+
+def _draw_plain(logits: Tensor, maxima: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    temperature, uniform = torch.tensor([[row.params.temperature for row in rows], _uniforms(rows)], dtype=torch.float64).to(logits.device)
+    return draw_by_id(weigh(logits, best, temperature), uniform)
+
+
+def _draw_filtered(logits: Tensor, maxima: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    size = logits.shape[1]
+    filters = _filters(rows, size, logits.device)
+    nucleus = [row.params.top_p < 1 and not _top_k(row.params, size) for row in rows]  # top-p's share is of the whole row
+    mass = None
+    if any(nucleus):
+        mass = block_sums(weigh(logits.clone(), best, filters.temperature)).double().cumsum(-1)[:, -1]
+        if not all(nucleus):
+            mass = mass.masked_fill(~torch.tensor(nucleus, device=logits.device), math.nan)
+    candidates = rank(logits, maxima, _first_bound(maxima, best, rows, filters, size))
+    picked, weight = draw_by_rank(candidates, best, filters, mass)
+    if filters.top_p is None or mass is None or logits.device.type != "cpu":  # elsewhere `rank` leaves nothing out
+        return picked
+    at = (weight < filters.top_p * mass).nonzero()[:, 0]  # the nucleus is larger than the candidates were
+    if len(at):
+        few = filters.take(at)
+        # Tokens below this weight have together less than half of what top-p drops, so leaving them out is safe.
+        bound = _weight_bound(best[at], few.temperature, (1 - filters.top_p[at]) * mass[at] / (2 * size))
+        picked[at], _ = draw_by_rank(rank(logits[at], maxima[at], bound), best[at], few, mass[at])
+    return picked
+
+
+def _filters(rows: Sequence[SamplingRow], vocab_size: int, device: torch.device) -> Filters:
+    params = [row.params for row in rows]
+    columns = [
+        _uniforms(rows),
+        [p.temperature for p in params],
+        [_top_k(p, vocab_size) or math.inf for p in params],
+        [p.top_p if p.top_p < 1 else math.inf for p in params],
+        [p.min_p for p in params],
+        [p.typical_p if p.typical_p < 1 else math.inf for p in params],
+    ]
+    unasked = [None, None, math.inf, math.inf, 0.0, math.inf]
+    tensors = torch.tensor(columns, dtype=torch.float64).to(device)
+    asked = [any(value != nothing for value in column) for column, nothing in zip(columns, unasked, strict=True)]
+    top_k, top_p, min_p, typical_p = (t if wanted else None for t, wanted in zip(tensors[2:], asked[2:], strict=True))
+    return Filters(tensors[0], tensors[1], top_k, top_p, min_p, typical_p)
+
+
+def _first_bound(maxima: Tensor, best: Tensor, rows: Sequence[SamplingRow], filters: Filters, size: int) -> Tensor:
+    """[R] float32: candidates are the logits from here up. Enough for every filter but top-p alone, where it is a guess."""
+    ks = [_top_k(row.params, size) or (FIRST_CANDIDATES if row.params.top_p < 1 else 0) for row in rows]
+    if filters.min_p is None:
+        bound = torch.full_like(best, -math.inf)
+    else:
+        bound = _weight_bound(best, filters.temperature, filters.min_p)
+    if any(ks):
+        k = torch.tensor(ks, device=best.device)
+        bound = torch.where(k > 0, kth_bound(maxima, k.clamp(min=1), max(ks)), bound)
+    return bound.masked_fill(~best.isfinite(), math.inf)
+
+
+def _top_k(params: SamplingParams, vocab_size: int) -> int:
+    """0 where it filters nothing."""
+    return params.top_k if params.top_k < vocab_size else 0
 
 
 def _uniforms(rows: Sequence[SamplingRow]) -> list[float]:
