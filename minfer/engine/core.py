@@ -67,6 +67,7 @@ class EngineCore:
         self.sampler = Sampler(loaded.model_config.vocab_size, loaded.device, processors)
         self.times = StepTimes()
 
+    @torch.inference_mode()
     def step(self) -> CoreStep:
         """One turn of the loop. With nothing to do it returns an empty step."""
         t0 = time.perf_counter()
