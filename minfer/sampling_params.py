@@ -8,9 +8,9 @@ logits, before any stage.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NoReturn
 
 from minfer.errors import RequestError
 
@@ -54,12 +54,13 @@ class SamplingParams:
     bad_word_token_ids: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         put = object.__setattr__  # the one place where a frozen instance normalises itself
-        put(self, "stop", stop)
-        put(self, "bad_words", tuple(self.bad_words or ()))
-        put(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        if self.top_k == -1:
+        put(self, "stop", (self.stop,) if isinstance(self.stop, str) else self._tuple("stop"))
+        put(self, "bad_words", self._tuple("bad_words"))
+        put(self, "stop_token_ids", self._tuple("stop_token_ids"))
+        if isinstance(self.logit_bias, Mapping):
+            put(self, "logit_bias", dict(self.logit_bias))  # the caller's may change under a running request
+        if _is_int(self.top_k) and self.top_k == -1:
             put(self, "top_k", 0)
 
         self._check_int("n", 1, MAX_N)
@@ -81,7 +82,19 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 self._check_int(name, 0, MAX_LOGPROBS)
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                self._fail(name, "must be true or false")
         self._check_lists()
+
+    def _tuple(self, name: str) -> tuple[Any, ...]:
+        """A list field's value as a tuple; a bare string is refused, for it would become a list of its letters."""
+        value = getattr(self, name)
+        if value is None:
+            return ()
+        if isinstance(value, str) or not isinstance(value, (Sequence, Set)):
+            self._fail(name, "must be a list")
+        return tuple(value)
 
     def _check_lists(self) -> None:
         for name, limit in (("stop", MAX_STOP), ("bad_words", MAX_BAD_WORDS)):
@@ -126,7 +139,7 @@ class SamplingParams:
         if value > high or value < low or (open_low and value == low):
             self._fail(name, f"must be {'above' if open_low else 'from'} {low:g} {'and at most' if open_low else 'to'} {high:g}")
 
-    def _fail(self, name: str, rule: str) -> None:
+    def _fail(self, name: str, rule: str) -> NoReturn:
         raise RequestError(f"{name} {rule}, not {_short(getattr(self, name))}", param=name)
 
 
@@ -135,9 +148,11 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _short(value: object) -> str:
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"  # Python refuses to print the largest ones
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
