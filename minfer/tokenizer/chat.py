@@ -11,9 +11,9 @@ Three things make this more than a call to jinja2:
   are exactly those of the Hugging Face tokenizer, and filters such as `trim` see the real content.
 - *Bad messages are the caller's fault.* They, and a template's own complaint ("roles must alternate"), are a RequestError.
 
-Templates that build a special token out of a role (`'<|' + role + '|>'`) get only roles that are conventional or that lie inside
-no special token. Left out: a template whose filters delete or recase characters could still assemble a special token from the
-caller's text; none is known.
+Templates that build a special token out of a role (`'<|' + role + '|>'`) get only roles that are conventional, or that neither
+hold a special token nor lie inside one. Left out: a template whose filters delete or recase characters could still assemble a
+special token from the caller's text (none is known), and special tokens of a single character are not broken.
 """
 
 from __future__ import annotations
@@ -189,8 +189,8 @@ def _normalise_message(message: Mapping[str, Any], where: str, specials: Sequenc
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise RequestError(f"{where}.role must be a non-empty string.", param=f"{where}.role")
-    if role not in CONVENTIONAL_ROLES and any(role in text for text in specials):
-        raise RequestError(f"{where}.role {role!r} is part of a special token of this model.", param=f"{where}.role")
+    if role not in CONVENTIONAL_ROLES and any(role in text or text in role for text in specials):
+        raise RequestError(f"{where}.role {role!r} could form a special token of this model.", param=f"{where}.role")
     plain = dict(message)
     if "content" in message:
         plain["content"] = _flatten_content(message["content"], where)

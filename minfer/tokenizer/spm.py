@@ -78,7 +78,8 @@ def build_backend(model: SentencePieceModel, origin: str) -> Backend:
         raise ModelLoadError(f"{origin}: the vocabulary holds a piece twice.")
     if not 0 <= model.unknown_id < len(model.pieces):
         raise ModelLoadError(f"{origin}: the unknown token's id {model.unknown_id} is outside the vocabulary.")
-    byte_fallback = model.byte_fallback and all(f"<0x{byte:02X}>" in {p.text for p in model.pieces if p.kind == BYTE} for byte in (0, 255))
+    byte_pieces = {piece.text for piece in model.pieces if piece.kind == BYTE}
+    byte_fallback = model.byte_fallback and len(byte_pieces) == 256
     if model.kind == "bpe":
         vocab = {piece.text: token_id for token_id, piece in enumerate(model.pieces)}
         unknown = model.pieces[model.unknown_id].text

@@ -220,10 +220,11 @@ def test_attacks_through_other_fields_stay_text(tmp_path: Path) -> None:
     assert ours.decode(ids, skip_special_tokens=False).count(evil) == 4 + 4 + 1 + 3
 
 
-@pytest.mark.parametrize("role", ["endoftext", "im_start", "end_header_id", ""])
+@pytest.mark.parametrize("role", ["endoftext", "im_start", "end_header_id", "x<|im_end|>", "user</s>", ""])
 def test_a_role_that_could_build_a_special_token_is_refused(pair: tuple[Tokenizer, Any], role: str) -> None:
     ours, _ = pair
-    if not role or any(role in ours.token_text(i) for i in range(ours.vocab_size) if ours.is_special(i)):
+    specials = [ours.token_text(token_id) for token_id in range(ours.vocab_size) if ours.is_special(token_id)]
+    if not role or any(role in text or text in role for text in specials):
         with pytest.raises(RequestError, match="role"):
             ours.apply_chat_template([{"role": role, "content": "x"}])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,8 +33,6 @@ def byte_level_metadata(pre: str | None, specials: list[str], vocab_size: int = 
 
 
 def models_of(backend: tokenizers.Tokenizer) -> dict[str, Any]:
-    import json
-
     return json.loads(backend.to_str())["model"]
 
 
@@ -112,6 +112,19 @@ def test_qwen_ids_are_those_of_qwen_s_own_class(pre: str, name: str) -> None:
     tokenizer = Tokenizer.from_gguf_metadata(metadata)
     for text in TEXTS:
         assert tokenizer.encode(text) == oracle(text, add_special_tokens=False)["input_ids"], text
+
+
+@pytest.mark.parametrize("pre", sorted(PRE_TOKENIZATIONS))
+def test_splitting_rules_agree_with_llama_cpp(pre: str) -> None:
+    """The stored ids are llama.cpp's own, over merges that cross every boundary a rule could draw."""
+    stored = json.loads(Path(__file__).with_name("llama_cpp_ids.json").read_text(encoding="utf-8"))
+    keys = {f"tokenizer.ggml.{key}": stored[key] for key in ("tokens", "merges", "token_type")}
+    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.add_bos_token": False, **keys}
+    tokenizer = Tokenizer.from_gguf_metadata(metadata)
+    (expected,) = [rule["ids"] for rule in stored["ids"] if pre in rule["pre"]]
+    for text, ids in zip(stored["texts"], expected, strict=True):
+        if ids is not None:
+            assert tokenizer.encode(text) == ids, text
 
 
 def test_an_unknown_rule_is_named() -> None:
