@@ -27,6 +27,7 @@ class StepTimes:
 
     steps: int = 0
     schedule: float = 0.0
+    build: float = 0.0
     forward: float = 0.0
     sample: float = 0.0
     update: float = 0.0
@@ -76,6 +77,7 @@ class EngineCore:
             return CoreStep()
         spans = [_span(item) for item in plan.scheduled]
         t1 = time.perf_counter()
+        built = self.runner.build_seconds
         hidden = self.runner.run(spans, plan.copies)  # [S, H], the rows that spans ask for
         scores = self._score_prompts(plan, spans, hidden)
         sampling, at = _sampling_rows(plan, spans)
@@ -84,7 +86,7 @@ class EngineCore:
         sampled = self.sampler.sample(logits, sampling)
         t3 = time.perf_counter()
         step = self._remember(plan, sampling, sampled, scores)
-        self._count(t1 - t0, t2 - t1, t3 - t2, time.perf_counter() - t3)
+        self._count(t1 - t0, self.runner.build_seconds - built, t2 - t1, t3 - t2, time.perf_counter() - t3)
         return step
 
     def _remember(self, plan: SchedulerOutput, sampling: list[Request], sampled: SamplerOutput, scores: dict[Request, Scores]) -> CoreStep:
@@ -119,11 +121,13 @@ class EngineCore:
             scored += prompt_logprobs(self.runner.logits(hidden[part]), targets[part], k)
         return scored
 
-    def _count(self, schedule: float, forward: float, sample: float, update: float) -> None:
+    def _count(self, schedule: float, build: float, run: float, sample: float, update: float) -> None:
+        """`run` is the batch's building and the model together."""
         times = self.times
         times.steps += 1
         times.schedule += schedule
-        times.forward += forward
+        times.build += build
+        times.forward += run - build
         times.sample += sample
         times.update += update
 

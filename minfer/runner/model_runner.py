@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,7 @@ class ModelRunner:
         self.model = model
         self.cache = cache
         self.builder = builder
+        self.build_seconds = 0.0  # spent so far on turning rows into batches: the host's cost, not the model's
 
     @torch.inference_mode()
     def run(self, spans: Sequence[RowSpan], copies: Sequence[tuple[int, int]] = ()) -> torch.Tensor:
@@ -23,7 +25,9 @@ class ModelRunner:
         wanted, in order: [S, H]. Blocks in `copies` are copied (from, to) first.
         """
         self.cache.copy_blocks(copies)
+        started = time.perf_counter()
         batch = self.builder.build(spans)
+        self.build_seconds += time.perf_counter() - started
         hidden = self.model(batch, self.cache)  # [T, H]
         if batch.logits_at.shape[0] == hidden.shape[0]:
             return hidden  # type: ignore[no-any-return]
