@@ -71,7 +71,9 @@ def test_a_stop_string_ends_the_text_before_it(llm: LLM) -> None:
     (whole,) = llm.generate("Paged caches keep", params, use_tqdm=False)
     text = whole.outputs[0].text
     stop = text[len(text) // 2 : len(text) // 2 + 5]
-    (output,) = llm.generate("Paged caches keep", SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, stop=[stop]), use_tqdm=False)
+    (output,) = llm.generate(
+        "Paged caches keep", SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, stop=[stop]), use_tqdm=False
+    )
     completion = output.outputs[0]
     assert completion.text == text[: text.index(stop)]
     assert (completion.finish_reason, completion.stop_reason) == ("stop", stop)

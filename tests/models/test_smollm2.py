@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,15 +82,12 @@ def test_prompt_logprobs_are_those_of_transformers(llm: LLM, oracle: Any) -> Non
 def test_logits_are_those_of_transformers(llm: LLM, oracle: Any) -> None:
     from minfer.runner import RowSpan
 
-    class Row:
-        token_ids = llm.get_tokenizer().encode(PROMPTS[20])
-        blocks = list(range(20))
-
-    count = len(Row.token_ids)
+    tokens = llm.get_tokenizer().encode(PROMPTS[20])
+    row, count = SimpleNamespace(token_ids=tokens, blocks=list(range(20))), len(tokens)
     runner = llm.engine.core.runner
-    logits = runner.logits(runner.run([RowSpan(Row(), 0, count, count)]))
+    logits = runner.logits(runner.run([RowSpan(row, 0, count, count)]))
     with torch.inference_mode():
-        expected = oracle(torch.tensor([Row.token_ids])).logits[0]
+        expected = oracle(torch.tensor([tokens])).logits[0]
     assert (logits - expected).abs().max() <= 1e-4
 
 
