@@ -23,6 +23,7 @@ from minfer.loader import hub, names
 from minfer.loader.checkpoint import ModelSource, TokenizerSource
 from minfer.loader.gguf import SPLIT, split_parts
 from minfer.loader.gguf_header import read_header
+from minfer.loader.open import open_checkpoint
 
 # The hub's own rule; it also keeps "..", absolute paths and option-like names out of file paths.
 REPO = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
@@ -47,10 +48,11 @@ def resolve_model(name: str, *, revision: str | None = None, load_format: LoadFo
         raise ModelLoadError("no model was given; name a folder, a .gguf file, a hub id or a short name (`minfer list` shows those)")
     if revision is not None and not REVISION.fullmatch(revision):
         raise ModelLoadError(f"revision {revision!r} is not the name of a branch, tag or commit")
-    path = _path(name)
+    path, known = _path(name), names.find(name)
+    if revision is not None and (path is not None or (known is not None and load_format == "dummy")):
+        raise ModelLoadError(f"revision {revision!r} means nothing for {name!r}, which is not taken from the hub; leave it out")
     if path is not None:
         return _local(name, path, load_format)
-    known = names.find(name)
     if known is not None:
         return _known(name, *known, revision, load_format)
     repo, _, file = name.partition(":")
@@ -80,8 +82,10 @@ def resolve_tokenizer(name: str, *, revision: str | None = None) -> TokenizerSou
 
 
 def list_offline_models() -> list[OfflineModel]:
-    """Short names first, then the rest of the hub cache. Looks at disks only."""
-    repositories = {repo: folder for repo, folder in hub.cached_repositories() if hub.missing_weights(folder) is None}
+    """Short names first, then the rest of the hub cache: whatever opens, so other people's BERTs stay out. Looks at disks only."""
+    cached = list(hub.cached_repositories())
+    whole = ((repo, folder) for repo, folder in cached if hub.missing_weights(folder) is None)
+    repositories = {repo: folder for repo, folder in whole if _opens(ModelSource(kind="folder", name=repo, path=folder))}
     found = []
     for name, model in names.KNOWN.items():
         packaged = _packaged(model)
@@ -91,11 +95,20 @@ def list_offline_models() -> list[OfflineModel]:
         elif packaged is not None:
             found.append(OfflineModel(name, "gguf", packaged, packaged.stat().st_size))
     found += [OfflineModel(repo, "safetensors", folder, hub.size_of(folder)) for repo, folder in repositories.items()]
-    for repo, folder in hub.cached_repositories():
+    for repo, folder in cached:
         for file in _first_parts(folder):
-            size = sum(part.stat().st_size for part in split_parts(file) if part.is_file())
-            found.append(OfflineModel(f"{repo}:{file.relative_to(folder)}", "gguf", file, size))
+            name = f"{repo}:{file.relative_to(folder).as_posix()}"
+            if _opens(ModelSource(kind="gguf", name=name, path=file)):
+                found.append(OfflineModel(name, "gguf", file, sum(part.stat().st_size for part in split_parts(file))))
     return found
+
+
+def _opens(source: ModelSource) -> bool:
+    try:
+        open_checkpoint(source)
+    except ModelLoadError:
+        return False
+    return True
 
 
 def _path(name: str) -> Path | None:
@@ -206,7 +219,8 @@ def _no_safetensors(repo: str, files: Sequence[str]) -> str:
 
 
 def _first_parts(folder: Path) -> list[Path]:
-    return [f for f in sorted(folder.rglob("*.gguf")) if not _later_part(f.name)]
+    """GGUF files here and one level down, where repositories keep large ones; no deeper, as the folder may be somebody's home."""
+    return [f for pattern in ("*.gguf", "*/*.gguf") for f in sorted(folder.glob(pattern)) if not _later_part(f.name)]
 
 
 def _later_part(file: str) -> bool:

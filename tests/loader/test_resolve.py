@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minfer.errors import ModelLoadError
-from minfer.loader import list_offline_models, names, open_checkpoint, resolve, resolve_model, resolve_tokenizer
+from minfer.loader import hub, list_offline_models, names, open_checkpoint, resolve, resolve_model, resolve_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -126,6 +126,12 @@ def test_names_that_mean_nothing_never_reach_the_hub(monkeypatch: pytest.MonkeyP
         resolve_model(name)
 
 
+def test_revisions_belong_to_the_hub(saved: Path) -> None:
+    for name, load_format in ((str(saved), "auto"), ("llama2-7b", "dummy")):
+        with pytest.raises(ModelLoadError, match="revision 'main' means nothing"):
+            resolve_model(name, revision="main", load_format=load_format)
+
+
 @pytest.mark.parametrize("revision", ["../x", "/x", "a b", "", "x/../y"])
 def test_revisions_are_checked(revision: str) -> None:
     with pytest.raises(ModelLoadError, match="revision"):
@@ -152,8 +158,6 @@ def test_the_offline_switch_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_hub_that_never_answers(use_hub: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    from minfer.loader import hub
-
     monkeypatch.setattr(hub, "TIMEOUT_S", 0.5)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -195,7 +199,12 @@ def test_cached_repositories_need_no_network(no_hub: Path, saved: Path, gguf_sha
     ggufs = cache_snapshot(no_hub, "org/quantised", tmp_path / "g")
     assert resolve_model("org/quantised").path == ggufs / "a.gguf"
     assert resolve_model("org/quantised:a.gguf").path == ggufs / "a.gguf"
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"architectures": ["BertModel"]}')
+    (tmp_path / "bert" / "model.safetensors").touch()
+    cache_snapshot(no_hub, "org/bert", tmp_path / "bert")
     offline = {m.name: m for m in list_offline_models()}
+    assert "org/bert" not in offline
     assert offline["org/name"].location == folder
     assert offline["org/name"].size_bytes == sum(f.stat().st_size for f in saved.iterdir())
     assert offline["org/quantised:a.gguf"].format == "gguf"
@@ -231,6 +240,13 @@ def test_a_download_takes_only_what_is_needed(serve: Callable[..., Any], use_hub
     fetched.clear()
     assert resolve_model("org/name").path == source.path  # the server is gone
     assert not fetched
+
+
+def test_of_several_layouts_one_is_fetched() -> None:
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    small = ["config.json", "model.safetensors.index.json"]
+    assert hub.choose_files([*small, *shards, "consolidated.safetensors", "sub/x.json", "x.msgpack"]) == [*small, *shards]
+    assert hub.choose_files([*small, *shards], weights=False) == small
 
 
 def test_gguf_files_from_the_hub(serve: Callable[..., Any], use_hub: Callable[[str], None], gguf_shaped: Callable[..., Path]) -> None:

@@ -231,7 +231,7 @@ def test_configs_that_are_not_configs(folder: Path, config: str) -> None:
         {"num_attention_heads": [4]},
         {"head_dim": 8.0},
         {"hidden_size": -32},
-        {"num_hidden_layers": 2**40, "sliding_window": 4},
+        {"num_hidden_layers": 2**40, "sliding_window": 4, "architectures": ["MistralForCausalLM"]},
         {"num_hidden_layers": 9000},
         {"vocab_size": 2**62},
         {"rms_norm_eps": "x"},
