@@ -1,0 +1,36 @@
+"""`minfer serve`: the engine behind OpenAI's HTTP API.
+
+options.py      ServerOptions: what a user can set, from which the flags are made
+run.py          serve(): socket, loading in the background, signals, draining; startup.py: the first screen
+app.py          create_app(): the routes; middleware.py: request ids, API key, body size; errors.py: OpenAI's error bodies
+slot.py         ModelSlot: where the model is, or will be
+protocol.py     request bodies; job.py: a checked request; generation.py: a job in the engine, its outputs and usage
+chat.py completions.py logprobs.py   the two endpoints and their response shapes
+sse.py connection.py                 event streams, and clients that leave
+
+Everything but `options` and this file needs the extra `server`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+from minfer.config import EngineConfig
+from minfer.errors import ConfigError
+from minfer.server.options import ServerOptions
+
+__all__ = ["ServerOptions", "serve"]
+
+
+def serve(config: EngineConfig, options: ServerOptions) -> None:
+    """Serves one model until SIGINT or SIGTERM, then lets running requests finish and returns.
+
+    Raises ConfigError if the address can't be used or the extra isn't installed, whatever loading the model raises, and
+    EngineDeadError if the engine fails while serving.
+    """
+    missing = [name for name in ("fastapi", "uvicorn", "pydantic") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f'the server needs {", ".join(missing)}; install it with: pip install "minfer[server]"')
+    from minfer.server.run import run_server
+
+    run_server(config, options)

@@ -1,0 +1,115 @@
+"""`create_app`: the routes. Each is: take the engine, check the request into a `Job`, answer it whole or as a stream."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.responses import JSONResponse, Response
+
+import minfer
+from minfer.engine.async_llm import AsyncLLM
+from minfer.server.chat import chat_answer, chat_events
+from minfer.server.completions import completion_answer, completion_events
+from minfer.server.connection import ClientGone, while_connected
+from minfer.server.errors import install_handlers
+from minfer.server.generation import Generation
+from minfer.server.job import Job, chat_job, completion_job
+from minfer.server.middleware import ApiKey, BodyLimit, RequestId
+from minfer.server.options import ServerOptions
+from minfer.server.protocol import ChatCompletionRequest, CompletionRequest, UnknownFields
+from minfer.server.slot import ModelSlot
+from minfer.server.sse import open_stream
+
+logger = logging.getLogger("minfer.server")
+
+CLIENT_CLOSED_REQUEST = 499  # nginx's number, for the log: nobody is there to read it
+
+
+def create_app(model: ModelSlot | AsyncLLM, options: ServerOptions) -> FastAPI:
+    """The ASGI application, for a running engine or for a slot that will get one."""
+    slot = model if isinstance(model, ModelSlot) else ModelSlot(model.config.model, options, model)
+    # No /docs: FastAPI's page loads its scripts from other hosts.
+    app = FastAPI(title="minfer", version=minfer.__version__, docs_url=None, redoc_url=None)
+    install_handlers(app)
+    app.add_middleware(BodyLimit, limit=options.max_body_bytes)
+    if options.api_key is not None:
+        app.add_middleware(ApiKey, key=options.api_key)
+    app.add_middleware(RequestId)  # added last, so outermost
+    _add_model_routes(app, slot)
+    _add_generation_routes(app, slot, options)
+    return app
+
+
+def _add_model_routes(app: FastAPI, slot: ModelSlot) -> None:
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        slot.require()
+        return {"status": "ok"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(slot)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        slot.check_name(name)
+        return _model(slot)
+
+
+def _add_generation_routes(app: FastAPI, slot: ModelSlot, options: ServerOptions) -> None:
+    unknown = UnknownFields()
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
+        async def respond() -> Response:
+            job = await chat_job(llm, body, options)
+            generation, head = Generation(slot, job), _head(slot, job)
+            if body.stream:
+                return await open_stream(chat_events(generation, body, head), options.ping_seconds)
+            return JSONResponse(await chat_answer(generation, body, head))
+
+        llm = slot.require()
+        slot.check_name(body.model)
+        unknown.note(body)
+        return await _answer(request, respond())
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        async def respond() -> Response:
+            job = await completion_job(llm, body, options)
+            generation, head = Generation(slot, job), _head(slot, job)
+            if body.stream:
+                return await open_stream(completion_events(generation, body, head), options.ping_seconds)
+            return JSONResponse(await completion_answer(generation, body, head))
+
+        llm = slot.require()
+        slot.check_name(body.model)
+        unknown.note(body)
+        return await _answer(request, respond())
+
+
+async def _answer(request: Request, work: Any) -> Response:
+    try:
+        return await while_connected(request.receive, work)
+    except ClientGone:
+        logger.info("%s %s: the client left before the answer", request.state.request_id, request.url.path)
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+def _head(slot: ModelSlot, job: Job) -> dict[str, Any]:
+    return {"id": job.id, "created": job.created, "model": slot.name, "system_fingerprint": f"minfer-{minfer.__version__}"}
+
+
+def _model(slot: ModelSlot) -> dict[str, Any]:
+    """`root` and `max_model_len` are vLLM's: its benchmark needs the first, clients size their prompts by the second."""
+    return {
+        "id": slot.name,
+        "object": "model",
+        "created": slot.created,
+        "owned_by": "minfer",
+        "root": slot.root,
+        "parent": None,
+        "max_model_len": slot.require().engine.inputs.max_model_len,
+    }

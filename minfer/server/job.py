@@ -1,0 +1,143 @@
+"""`Job`: a request that has been checked and tokenised, ready for the engine.
+
+All that can be wrong with a request is found here, before any of it is admitted and before a stream starts: unsupported
+fields, the prompt against the context, the work it asks for against the server's limits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from minfer.engine.async_llm import AsyncLLM
+from minfer.errors import RequestError
+from minfer.sampling_params import SamplingParams
+from minfer.server.options import ServerOptions
+from minfer.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
+
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions; a chat reply may be as long as the context allows
+# Arguments of the chat template that have request fields of their own.
+_TEMPLATE_ARGUMENTS = frozenset({"self", "messages", "tools", "add_generation_prompt", "continue_final_message"})
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    text: str | None  # None where the caller gave ids, or messages
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class Job:
+    id: str
+    prompts: list[TokenizedPrompt]
+    params: SamplingParams
+    priority: int = 0
+    cache_salt: str | None = None
+    score_only: bool = False  # max_tokens=0: the engine makes one token, and nobody sees it
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+async def chat_job(llm: AsyncLLM, request: ChatCompletionRequest, options: ServerOptions) -> Job:
+    """Raises RequestError, for the messages as for anything else."""
+    request.check()
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    params = request.sampling_params(max_tokens=request.token_limit, logprobs=logprobs, prompt_logprobs=request.prompt_logprobs)
+    prompt = await asyncio.to_thread(_apply_template, llm, request)
+    return _job("chatcmpl", llm, request, params, [prompt], options)
+
+
+async def completion_job(llm: AsyncLLM, request: CompletionRequest, options: ServerOptions) -> Job:
+    request.check()
+    limit = DEFAULT_COMPLETION_TOKENS if request.token_limit is None else request.token_limit
+    score_only = limit == 0 and bool(request.echo)
+    prompt_logprobs = request.prompt_logprobs
+    if request.echo and request.logprobs is not None:
+        prompt_logprobs = max(prompt_logprobs or 0, request.logprobs)
+    params = request.sampling_params(max_tokens=1 if score_only else limit, logprobs=request.logprobs, prompt_logprobs=prompt_logprobs)
+    prompts = _split_prompts(request.prompt)
+    if len(prompts) * params.n > options.max_request_sequences:  # before the work of tokenising them
+        raise _too_many_sequences(len(prompts), params.n, options)
+    special = request.add_special_tokens is not False
+    tokenized = await asyncio.to_thread(lambda: [_tokenize(llm, prompt, special) for prompt in prompts])
+    return _job("cmpl", llm, request, params, tokenized, options, score_only)
+
+
+def _job(
+    prefix: str,
+    llm: AsyncLLM,
+    request: GenerationRequest,
+    params: SamplingParams,
+    prompts: list[TokenizedPrompt],
+    options: ServerOptions,
+    score_only: bool = False,
+) -> Job:
+    place = "messages" if prefix == "chatcmpl" else "prompt"
+    for prompt in prompts:
+        _check_context(llm.engine.inputs.max_model_len, len(prompt.ids), 0 if score_only else params.max_tokens, place)
+    _check_work(llm.engine.inputs.max_model_len, prompts, params, options)
+    if request.priority and llm.config.policy != "priority":
+        raise RequestError("priority needs a server that was started with --policy priority", param="priority")
+    return Job(f"{prefix}-{uuid.uuid4().hex}", prompts, params, request.priority or 0, request.cache_salt, score_only)
+
+
+def _apply_template(llm: AsyncLLM, request: ChatCompletionRequest) -> TokenizedPrompt:
+    options = request.chat_template_kwargs or {}
+    taken = sorted(_TEMPLATE_ARGUMENTS & set(options))
+    if taken:
+        raise RequestError(f"chat_template_kwargs can't set {', '.join(taken)}", param="chat_template_kwargs")
+    if llm.tokenizer is None:
+        raise RequestError("this model was loaded without a tokenizer, so it can't chat; use /v1/completions with token ids")
+    continues = bool(request.continue_final_message)
+    # Going on with a message rules out opening a new one, so that is not what silence means then.
+    opens = not continues if request.add_generation_prompt is None else request.add_generation_prompt
+    ids = llm.tokenizer.apply_chat_template(request.messages, add_generation_prompt=opens, continue_final_message=continues, **options)
+    return TokenizedPrompt(None, llm.engine.inputs.tokenize(ids)[1])
+
+
+def _split_prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
+    if isinstance(prompt, str):
+        return [prompt]
+    items: list[Any] = prompt
+    if not items:
+        raise RequestError("prompt is an empty list; give at least one prompt", param="prompt")
+    return [items] if isinstance(items[0], int) else items
+
+
+def _tokenize(llm: AsyncLLM, prompt: str | Sequence[int], special: bool) -> TokenizedPrompt:
+    tokenize: Callable[[Any], tuple[str | None, list[int]]] = llm.engine.inputs.tokenize
+    if isinstance(prompt, str) and not special and llm.tokenizer is not None:
+        return TokenizedPrompt(prompt, tokenize(llm.tokenizer.encode(prompt, add_special_tokens=False))[1])
+    return TokenizedPrompt(*tokenize(prompt))
+
+
+def _check_context(max_model_len: int, prompt_tokens: int, max_tokens: int | None, place: str) -> None:
+    """OpenAI's wording, which clients search for; a prompt that is too long by itself has been refused by the engine."""
+    if max_tokens is not None and prompt_tokens + max_tokens > max_model_len:
+        raise RequestError(
+            f"This model's maximum context length is {max_model_len} tokens. However, you requested {prompt_tokens + max_tokens} tokens "
+            f"({prompt_tokens} in the {place}, {max_tokens} in the completion). Please reduce the length of the {place} or completion.",
+            param=place,
+            code="context_length_exceeded",
+        )
+
+
+def _check_work(max_model_len: int, prompts: list[TokenizedPrompt], params: SamplingParams, options: ServerOptions) -> None:
+    """One request may not occupy the server for hours: its sequences and its tokens are limited, whatever the single fields say."""
+    if len(prompts) * params.n > options.max_request_sequences:
+        raise _too_many_sequences(len(prompts), params.n, options)
+    tokens = sum(max_model_len - len(p.ids) if params.max_tokens is None else params.max_tokens for p in prompts) * params.n
+    if len(prompts) * params.n > 1 and tokens > options.max_request_tokens:
+        raise RequestError(
+            f"this request may generate {tokens} tokens ({len(prompts)} prompts x n={params.n} x max_tokens), and the limit for one "
+            f"request is {options.max_request_tokens}; lower n or max_tokens, or send several requests",
+            param="max_tokens",
+        )
+
+
+def _too_many_sequences(prompts: int, n: int, options: ServerOptions) -> RequestError:
+    message = f"this request asks for {prompts} prompts x n={n} sequences, and the limit is {options.max_request_sequences}"
+    return RequestError(message, param="n" if n > 1 else "prompt")

@@ -1,0 +1,156 @@
+"""`run_server`: the process around the application.
+
+    bind ── accept (503: loading) ── load in a thread ── serve ── signal ── stop accepting, drain ── exit 0
+
+The port is bound first, so that a wrong address costs no loading time. On SIGTERM or SIGINT running requests may finish
+for `drain_seconds`; then they are ended with an error that says why. A second Ctrl-C doesn't wait. If the engine dies the
+server goes too, with an error: a supervisor can restart a process that is gone, not one that answers 503 for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+from minfer.config import EngineConfig
+from minfer.engine.async_llm import AsyncLLM
+from minfer.engine.engine import Engine
+from minfer.errors import ConfigError, EngineDeadError
+from minfer.server.app import create_app
+from minfer.server.options import ServerOptions
+from minfer.server.slot import ModelSlot
+from minfer.server.startup import base_url, exposure_warning, first_screen
+
+logger = logging.getLogger("minfer.server")
+
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections, so that they don't write into one that is closing
+WATCH_SECONDS = 0.1
+LAST_WORDS_SECONDS = 5.0  # for errors to reach clients, after draining or after the engine's death
+
+
+def run_server(config: EngineConfig, options: ServerOptions) -> None:
+    """See `minfer.server.serve`."""
+    listener = _bind(options)
+    slot = ModelSlot(config.model, options)
+    port = listener.getsockname()[1]
+    _say(f"minfer: loading {config.model}; {base_url(options, port)} answers 503 until it is ready")
+    warning = exposure_warning(options)
+    if warning:
+        _say(warning)
+    # A daemon: a signal while it loads must not wait for it.
+    threading.Thread(target=_load, args=(slot, config), name="minfer-load", daemon=True).start()
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(slot, options),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=int(options.drain_seconds + LAST_WORDS_SECONDS) + 1,
+        )
+    )
+    with _signals_end(server):
+        asyncio.run(_serve(server, listener, slot, options, port))
+    if slot.llm is not None:
+        slot.llm.shutdown()
+    if slot.error is not None:
+        raise slot.error
+
+
+def _load(slot: ModelSlot, config: EngineConfig) -> None:
+    try:
+        slot.fill(AsyncLLM(Engine.from_config(config)))
+    except Exception as error:
+        slot.fail(error)
+
+
+async def _serve(server: Any, listener: socket.socket, slot: ModelSlot, options: ServerOptions, port: int) -> None:
+    watch = asyncio.create_task(_watch(server, slot, options, port))
+    await server.serve(sockets=[listener])
+    watch.cancel()
+    await asyncio.gather(watch, return_exceptions=True)
+
+
+async def _watch(server: Any, slot: ModelSlot, options: ServerOptions, port: int) -> None:
+    """Announces the model when it is there, ends the server when that failed or the engine died, and limits the draining."""
+    announced = False
+    while not server.should_exit:
+        llm = slot.llm
+        if slot.error is not None:
+            server.should_exit = True
+        elif llm is not None and not announced:
+            announced = True
+            _say(first_screen(slot, llm, options, port))
+        elif llm is not None and not llm.is_running:
+            slot.fail(EngineDeadError("the engine stopped after an error; restart the server"))
+            await asyncio.sleep(LAST_WORDS_SECONDS)
+            server.should_exit = True
+        await asyncio.sleep(WATCH_SECONDS)
+    if slot.running:
+        logger.info("draining: %d requests have %g s to finish", len(slot.running), options.drain_seconds)
+    deadline = time.monotonic() + options.drain_seconds
+    while time.monotonic() < deadline:
+        await asyncio.sleep(WATCH_SECONDS)
+    while True:  # also those that were only being tokenised at the deadline
+        await slot.abort_all()
+        await asyncio.sleep(WATCH_SECONDS)
+
+
+def _bind(options: ServerOptions) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(f"host {options.host!r} is not an address of this machine: {error.strerror}") from error
+    try:
+        if sys.platform != "win32":  # there it would let two servers share the port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        where = f"port {options.port} on {options.host}"
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"{where} is in use; stop the program that has it, or choose another --port") from error
+        raise ConfigError(f"{where} can't be used: {error}") from error
+    return listener
+
+
+@contextmanager
+def _signals_end(server: Any) -> Iterator[None]:
+    """uvicorn handles signals while it serves, and raises them again afterwards. Python's own handlers would then end the
+    process as killed, not as done; with these, a signal at any moment means: stop serving."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        server.should_exit = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    """To stderr: stdout belongs to whoever pipes it."""
+    print(text, file=sys.stderr, flush=True)

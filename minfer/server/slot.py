@@ -1,0 +1,60 @@
+"""`ModelSlot`: where the served model is, or will be.
+
+The port opens before the model is loaded, so that a probe or a user meets "loading, 12 s so far" and not a refused
+connection. Routes ask the slot for the engine at each request; until there is one, the slot's answer is a 503.
+"""
+
+from __future__ import annotations
+
+import time
+
+from minfer.engine.async_llm import AsyncLLM
+from minfer.server.errors import ApiError
+from minfer.server.options import ServerOptions
+
+
+class ModelSlot:
+    """Filled once, by the thread that loads; read by the event loop."""
+
+    def __init__(self, model: str, options: ServerOptions, llm: AsyncLLM | None = None) -> None:
+        self.root = model
+        self.name = options.served_model_name or model
+        self.any_name = options.any_model_name
+        self.phase = "loading the model"
+        self.created = int(time.time())
+        self.running: set[str] = set()  # the engine's ids of the requests in flight, for the end of draining
+        self.error: Exception | None = None
+        self._llm = llm
+        self._started = time.monotonic()
+
+    @property
+    def llm(self) -> AsyncLLM | None:
+        return self._llm
+
+    def fill(self, llm: AsyncLLM) -> None:
+        self._llm = llm
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+
+    def require(self) -> AsyncLLM:
+        """The engine, if it can take requests; else raises the 503 that says why not."""
+        if self._llm is None:
+            seconds = time.monotonic() - self._started
+            message = f"the server is {self.phase}, {seconds:.0f} s so far; try again shortly"
+            raise ApiError(503, message, code="model_loading", headers={"retry-after": "1"})
+        if not self._llm.is_running:
+            raise ApiError(503, "the engine is not running any more; restart the server", code="engine_dead")
+        return self._llm
+
+    def check_name(self, name: str | None) -> None:
+        """A request may leave the model out; one that names another model is told so, rather than answered by this one."""
+        if name is not None and name != self.name and not self.any_name:
+            shown = name if len(name) <= 100 else name[:97] + "..."
+            message = f"the model {shown!r} does not exist; this server has {self.name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def abort_all(self) -> None:
+        if self._llm is not None and self._llm.is_running:
+            for request_id in list(self.running):
+                await self._llm.abort(request_id)

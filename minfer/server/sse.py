@@ -1,0 +1,94 @@
+"""Server-sent events: `data: JSON`, a blank line after each, `data: [DONE]` at the end.
+
+Headers leave with the first event, so that whatever goes wrong before the first token (queue, validation, a dead engine) is
+still an HTTP status. If that takes longer than `ping_seconds`, they leave with a comment (a line that starts with a colon,
+which clients skip), and comments follow in every such silence: proxies close connections on which nothing happens. After
+that, an error is an event, `data: {"error": ...}`, and the end of the stream; never a bare cut.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from minfer.server.connection import cancel, wait_for_disconnect
+from minfer.server.errors import as_api_error
+
+Events = AsyncGenerator[bytes, None]
+
+DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # the second one is nginx's switch
+
+
+def event(payload: dict[str, Any]) -> bytes:
+    # ASCII escapes keep any text, also lone surrogates and line separators, inside its line.
+    return b"data: " + json.dumps(payload, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def open_stream(events: Events, ping_seconds: float) -> Response:
+    """A response that sends `events`, once there is a first one or `ping_seconds` have passed. Raises what the first one raises."""
+    first = asyncio.create_task(_next(events))
+    try:
+        await asyncio.wait({first}, timeout=ping_seconds)
+        if first.done():
+            first.result()
+    except BaseException:  # also a cancellation: nobody else will close the generator
+        await cancel(first)
+        await events.aclose()
+        raise
+    return _EventStream(first, events, ping_seconds)
+
+
+async def _next(events: Events) -> bytes:
+    return await anext(events, b"")
+
+
+class _EventStream(Response):
+    media_type = "text/event-stream"
+
+    def __init__(self, first: asyncio.Task[bytes], events: Events, ping_seconds: float) -> None:
+        super().__init__(headers=HEADERS)
+        del self.headers["content-length"]
+        self.first = first
+        self.events = events
+        self.ping_seconds = ping_seconds
+        self.silent = True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        tasks = [asyncio.create_task(work) for work in (self._write(send), wait_for_disconnect(receive), self._ping(send))]
+        try:
+            await asyncio.wait(tasks[:2], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await cancel(self.first, *tasks)
+            await self.events.aclose()
+        if not tasks[0].cancelled():
+            tasks[0].result()
+
+    async def _write(self, send: Send) -> None:
+        try:
+            await self._send(send, await self.first)
+            async for item in self.events:
+                await self._send(send, item)
+        except Exception as error:
+            await self._send(send, event(as_api_error(error).body))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send(self, send: Send, item: bytes) -> None:
+        self.silent = False
+        await send({"type": "http.response.body", "body": item, "more_body": True})
+
+    async def _ping(self, send: Send) -> None:
+        if not self.first.done():  # the wait for it is what has just passed
+            await self._send(send, PING)
+        while True:
+            self.silent = True
+            await asyncio.sleep(self.ping_seconds)
+            if self.silent:
+                await self._send(send, PING)

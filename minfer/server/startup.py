@@ -1,0 +1,40 @@
+"""The first screen: everything a user needs to make the first request, and what loading cost."""
+
+from __future__ import annotations
+
+from minfer.engine.async_llm import AsyncLLM
+from minfer.server.options import ServerOptions
+from minfer.server.slot import ModelSlot
+
+
+def base_url(options: ServerOptions, port: int) -> str:
+    """The address to give a client on this machine: a wildcard is no address."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def exposure_warning(options: ServerOptions) -> str | None:
+    if options.is_private or options.api_key is not None:
+        return None
+    return f"WARNING: anyone who can reach {options.host} can use this server; set --api-key, or --host 127.0.0.1"
+
+
+def first_screen(slot: ModelSlot, llm: AsyncLLM, options: ServerOptions, port: int) -> str:
+    url, engine = base_url(options, port), llm.engine
+    loaded = engine.core.loaded
+    max_len, block_size = engine.inputs.max_model_len, llm.config.block_size
+    fits = loaded.cache.num_blocks // -(-max_len // block_size)
+    auth = "" if options.api_key is None else " -H 'authorization: Bearer YOUR_KEY'"
+    phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in loaded.phase_seconds.items())
+    body = f'{{"model": "{slot.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    key = "needed on all routes but /health" if options.api_key is not None else "none"
+    warning = exposure_warning(options)
+    lines = [
+        f"minfer serves {slot.name} at {url}/v1",
+        f"  loaded    {phases}; {sum(loaded.phase_seconds.values()):.2f} s in all",
+        f"  runs on   {llm.config.device}, {llm.config.dtype}",
+        f"  context   {max_len} tokens; {fits} requests of full length fit at the same time",
+        f"  API key   {key}",
+        f"  try it    curl {url}/v1/chat/completions{auth} -H 'content-type: application/json' -d '{body}'",
+    ]
+    return "\n".join(lines if warning is None else [*lines, warning])
