@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 
 from minfer.errors import ConfigError
@@ -10,14 +13,38 @@ from minfer.kernels.reference import ReferenceBackend
 
 __all__ = ["Backend", "Ops", "Weight", "select_ops"]
 
+logger = logging.getLogger("minfer.kernels")
+BACKENDS = ("auto", "cpu", "reference")
+
 
 def select_ops(device: torch.device, dtype: torch.dtype, backend: str = "auto", threads: int | None = None) -> Ops:
     """The table for one engine. `auto` lists every backend that fits the device, fastest first; a name takes that one only.
 
     `threads` bounds what a CPU backend uses; torch's own pool is one per process and is set only when asked.
     """
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     if threads is not None:
         torch.set_num_threads(threads)
-    if backend not in ("auto", "reference"):
-        raise ConfigError(f"backend must be auto or reference, not {backend!r}")
-    return Ops([ReferenceBackend()], dtype)
+    if backend == "reference":
+        return Ops([ReferenceBackend()], dtype)
+    backends: list[Backend] = []
+    # Imported where used: a machine that serves from a GPU may have no compiled kernels, and need not load them.
+    from minfer.kernels.cpu import FLOATS, CpuBackend
+    from minfer.kernels.cpu.library import LibraryMissingError
+
+    if device.type == "cpu" and dtype in FLOATS:
+        try:
+            backends.append(CpuBackend(threads))
+        except LibraryMissingError as error:
+            if backend == "cpu":
+                raise ConfigError(f"backend cpu can't be used: {error}") from error
+            _warn_once(f"using plain torch, which is several times slower: {error}")
+    elif backend == "cpu":
+        raise ConfigError(f"backend cpu computes on device cpu in float32, bfloat16 or float16, not on {device} in {dtype}")
+    return Ops([*backends, *([ReferenceBackend()] if backend == "auto" else [])], dtype)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)

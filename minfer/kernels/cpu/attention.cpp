@@ -66,10 +66,9 @@ struct Head {
   int64_t first_key(int64_t row) const { return a.window > 0 ? larger(0, position(row) - a.window + 1) : 0; }
   int64_t query_head(int64_t row) const { return kv_head * group + row % group; }
 
-  // Element offset of a key's channels in the caches.
-  int64_t key_offset(int64_t key) const {
-    const int64_t block = a.block_tables[request * a.table_stride + key / a.block_size];
-    return ((block * a.kv_heads + kv_head) * a.block_size + key % a.block_size) * a.dim;
+  // Element offset of this head's part of the request's n-th block in the caches.
+  int64_t block_offset(int64_t n) const {
+    return (a.block_tables[request * a.table_stride + n] * a.kv_heads + kv_head) * a.block_size * a.dim;
   }
 };
 
@@ -99,20 +98,37 @@ struct Attention {
 
   static constexpr bool kReadsCache = kStep * sizeof(C) == sizeof(Word);
 
+  // Asks for a tile's keys and values ahead of use: blocks lie anywhere, too short for the hardware to guess the next.
+  void prefetch_tile(const Head& head, int64_t first) const {
+    const int64_t end = smaller(first + kTile, head.seq_len);
+    for (int64_t key = first; key < end;) {
+      const int64_t within = key % a.block_size, keys = smaller(a.block_size - within, end - key);
+      const int64_t offset = head.block_offset(key / a.block_size) + within * a.dim, bytes = keys * a.dim * sizeof(C);
+      const char* k = reinterpret_cast<const char*>(static_cast<const C*>(a.k_cache) + offset);
+      const char* v = reinterpret_cast<const char*>(static_cast<const C*>(a.v_cache) + offset);
+      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(k + byte, 0, 2);
+      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(v + byte, 0, 2);
+      key += keys;
+    }
+  }
+
   void read_tile(const Head& head, int64_t first, Tile& tile) const {
     tile.first = first;
     tile.count = smaller(kTile, head.seq_len - first);
     const C* k_cache = static_cast<const C*>(a.k_cache);
     const C* v_cache = static_cast<const C*>(a.v_cache);
     const C* values[kTile];
-    for (int64_t j = 0; j < tile.count; ++j) {
-      const int64_t offset = head.key_offset(first + j);
-      const C* key = k_cache + offset;
+    int64_t block = first / a.block_size, within = first % a.block_size, offset = head.block_offset(block) + within * a.dim;
+    for (int64_t j = 0; j < tile.count; ++j, ++within, offset += a.dim) {
+      if (within == a.block_size) {
+        within = 0;
+        offset = head.block_offset(++block);
+      }
       values[j] = v_cache + offset;
       if (kReadsCache) {
-        tile.keys[j] = reinterpret_cast<const char*>(key);
+        tile.keys[j] = reinterpret_cast<const char*>(k_cache + offset);
       } else {
-        Words::from_row(key, a.dim, tile.k + j * words);
+        Words::from_row(k_cache + offset, a.dim, tile.k + j * words);
         tile.keys[j] = reinterpret_cast<const char*>(tile.k + j * words);
       }
     }
@@ -173,8 +189,10 @@ struct Attention {
   void few_rows(const Head& head, int64_t first, int64_t count, int64_t tiles, float* out, FewRows& w) const {
     const int64_t rows = head.rows();
     for (int64_t row = 0; row < kFewRows; ++row) Words::from_row(query(head, smaller(row, rows - 1)), a.dim, w.q + row * words);
+    prefetch_tile(head, first * kTile);
     for (int64_t t = first; t < first + count; ++t) {
       read_tile(head, t * kTile, w.tile);
+      if (t + 1 < first + count) prefetch_tile(head, (t + 1) * kTile);
       for (int64_t j = 0; j < w.tile.count; j += kLanes) transpose(w.tile.keys + j, words, w.k + j, kTile);
       switch (rows) {
         case 1: tile_of_rows<1>(w); break;

@@ -96,7 +96,7 @@ struct Pairs {
     return h;
   }
   static UintVec zip(HalfVec low, HalfVec high) {
-    return __builtin_convertvector(low, UintVec) | __builtin_convertvector(high, UintVec) << 16;
+    return widen(low) | widen(high) << 16;
   }
 };
 #endif

@@ -12,13 +12,14 @@ import functools
 import os
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 from minfer.errors import ConfigError, MinferError
 
 FILE_NAME = "libminfer_cpu.so"
 ISAS = ("avx512", "avx2", "portable")  # best first
 _HANDLE, _TEXT, _INT = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64
-_FUNCTIONS: dict[str, tuple[type[ctypes._SimpleCData[object]] | None, list[type[ctypes._SimpleCData[object]]]]] = {
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # result and arguments
     "minfer_has_isa": (_INT, [_TEXT]),
     "minfer_find_op": (_HANDLE, [_TEXT, _TEXT]),
     "minfer_op_args_size": (_INT, [_HANDLE]),

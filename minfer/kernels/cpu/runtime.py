@@ -40,7 +40,7 @@ class Kernel:
         self.fields = [(kind, field) for kind, field in (part.split() for part in signature.split(","))]
         self.handle: int | None = runtime.library.minfer_find_op(runtime.isa.encode(), name.encode())
         if self.handle is None:
-            raise ConfigError(f"the compiled CPU kernels have no op {name!r} for {runtime.isa}: rebuild them (the library is older than the code)")
+            raise ConfigError(f"the compiled CPU kernels have no op {name!r} for {runtime.isa}: they are older than the code, rebuild them")
         self._struct = struct.Struct("=" + "".join(_FORMATS[kind] for kind, _ in self.fields))
         expected = runtime.library.minfer_op_args_size(self.handle)
         if self._struct.size != expected:

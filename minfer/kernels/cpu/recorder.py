@@ -1,0 +1,184 @@
+"""Recording a step: every op that a model asks for, once, as a list that C++ replays without Python.
+
+While a `StepRecorder` is set on a runtime, ops are noted and nothing is computed. A step is recorded at its largest size and
+replayed at any smaller one: of an op's arguments, only these belong to a particular batch, and become variables of the replay:
+
+    rows, requests, table_stride          by their field's name
+    token_ids, positions, slots, ...      the addresses of the batch's tensors, by value
+
+Everything else is a constant: weights, caches, widths. Intermediate tensors get their addresses afterwards. The recording
+knows from which op to which each is in use, so a planner packs them into one arena, where layers reuse the same few
+megabytes and cache lines instead of meeting the allocator.
+
+A step is recordable if it computes through ops and nothing else. A torch operation in between would run once, at
+recording, and be missing from every replay; so any that isn't a view raises.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minfer.batch import Batch
+from minfer.errors import ConfigError
+from minfer.kernels.cpu.runtime import Kernel, Runtime
+
+_SIZES = ("rows", "requests", "table_stride")
+_TENSORS = ("token_ids", "positions", "slots", "query_start", "seq_lens", "block_tables")
+_ALIGNMENT = 64
+
+
+@dataclass(slots=True)
+class _Buffer:
+    """A tensor that an op writes: where it was while recording, and the calls between which it is in use."""
+
+    address: int
+    size: int
+    first: int = -1
+    last: int = -1
+    offset: int = 0  # in the arena
+
+
+@dataclass(slots=True)
+class _Call:
+    kernel: Kernel
+    values: list[int | float]
+    inside: list[tuple[int, _Buffer, int]]  # (field, buffer, offset): pointers to be filled in
+    variables: list[tuple[int, int]]  # (field, variable)
+
+
+class StepRecorder:
+    """Stands in for execution on one runtime. `batch` is the largest step; its tensors are never read."""
+
+    def __init__(self, runtime: Runtime, batch: Batch) -> None:
+        self.runtime = runtime
+        self._sizes = {"rows": batch.num_tokens, "requests": batch.num_requests, "table_stride": batch.block_tables.stride(0)}
+        self._inputs = {getattr(batch, name).data_ptr(): len(_SIZES) + i for i, name in enumerate(_TENSORS)}
+        self._buffers: list[_Buffer] = []
+        self._calls: list[_Call] = []
+        self._held: dict[int, torch.Tensor] = {}
+
+    def record(self, step: Callable[[], torch.Tensor]) -> CpuGraph:
+        """Runs `step` with every op noted instead of computed. Raises ConfigError if it isn't recordable."""
+        self.runtime.recorder = self
+        try:
+            with _OnlyViews():
+                output = step()
+        finally:
+            self.runtime.recorder = None
+        result = self._buffer_at(output.data_ptr())
+        if result is None or result.address != output.data_ptr() or output.shape[0] != self._sizes["rows"]:
+            raise ConfigError("a recorded step must return what its last op computed, one row a token")
+        result.last = len(self._calls)
+        return CpuGraph(self.runtime, self._calls, self._plan(), (result, output.shape[1:], output.dtype), list(self._held.values()))
+
+    # what Kernel and Runtime call while a step is recorded
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        tensor = torch.empty(shape, dtype=dtype)  # never touched, so on a CPU it costs address space only
+        self._buffers.append(_Buffer(tensor.data_ptr(), tensor.nbytes))
+        return tensor
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        if self._buffer_at(tensor.data_ptr()) is None:
+            self._held[id(tensor)] = tensor
+
+    def call(self, kernel: Kernel, values: Sequence[int | float]) -> None:
+        call = _Call(kernel, list(values), [], [])
+        for field, ((kind, name), value) in enumerate(zip(kernel.fields, values, strict=True)):
+            if name in _SIZES:
+                if value != self._sizes[name]:
+                    raise ConfigError(f"can't record {kernel.name}: its {name} are {value}, but the step has {self._sizes[name]}")
+                call.variables.append((field, _SIZES.index(name)))
+            elif kind == "ptr" and value in self._inputs:
+                call.variables.append((field, self._inputs[int(value)]))
+            elif kind == "ptr" and (buffer := self._buffer_at(int(value))) is not None:
+                call.inside.append((field, buffer, int(value) - buffer.address))
+                buffer.first = len(self._calls) if buffer.first < 0 else buffer.first
+                buffer.last = len(self._calls)
+        self._calls.append(call)
+
+    def _buffer_at(self, address: int) -> _Buffer | None:
+        """The buffer an address lies in. The newest wins: tensors of the model die as it runs, and memory comes back."""
+        return next((b for b in reversed(self._buffers) if b.address <= address < b.address + b.size), None)
+
+    def _plan(self) -> int:
+        """Gives every buffer the lowest offset that is free while it is in use; returns the arena's size."""
+        placed: list[_Buffer] = []
+        for buffer in sorted((b for b in self._buffers if b.first >= 0), key=lambda b: b.first):
+            alive = sorted((b for b in placed if b.last >= buffer.first), key=lambda b: b.offset)
+            offset = 0
+            for other in alive:
+                if offset + buffer.size <= other.offset:
+                    break
+                offset = max(offset, _aligned(other.offset + other.size))
+            buffer.offset = offset
+            placed.append(buffer)
+        return max((_aligned(b.offset + b.size) for b in placed), default=0)
+
+
+class CpuGraph:
+    """A recorded step. `replay` computes it for a batch with one call into the library."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        calls: Sequence[_Call],
+        arena_size: int,
+        output: tuple[_Buffer, torch.Size, torch.dtype],
+        held: list[torch.Tensor],
+    ) -> None:
+        self.runtime = runtime
+        self.num_calls = len(calls)
+        self._held = held
+        self._arena = torch.empty(arena_size + _ALIGNMENT, dtype=torch.uint8)
+        base = _aligned(self._arena.data_ptr())
+        library = runtime.library
+        self._handle: int = library.minfer_graph_create()
+        weakref.finalize(self, library.minfer_graph_destroy, self._handle)
+        for call in calls:
+            for field, buffer, offset in call.inside:
+                call.values[field] = base + buffer.offset + offset
+            library.minfer_graph_add(self._handle, call.kernel.handle, call.kernel.pack(call.values))
+            for field, variable in call.variables:
+                library.minfer_graph_bind(self._handle, 8 * field, variable)
+        buffer, shape, dtype = output
+        begin = base - self._arena.data_ptr() + buffer.offset
+        self._output = self._arena[begin : begin + buffer.size].view(dtype).view(-1, *shape)
+        self._variables = (ctypes.c_int64 * (len(_SIZES) + len(_TENSORS)))()
+
+    @property
+    def arena_bytes(self) -> int:
+        """Memory that all intermediate tensors share."""
+        return self._arena.nbytes
+
+    def replay(self, batch: Batch) -> torch.Tensor:
+        """The step's result for this batch, [T, ...], valid until the next replay."""
+        rows = batch.num_tokens
+        if rows > self._output.shape[0]:
+            raise ConfigError(f"a step of {rows} tokens is larger than the {self._output.shape[0]} that were recorded")
+        variables = self._variables
+        variables[0], variables[1], variables[2] = rows, batch.num_requests, batch.block_tables.stride(0)
+        for i, name in enumerate(_TENSORS, len(_SIZES)):
+            variables[i] = getattr(batch, name).data_ptr()
+        self.runtime.library.minfer_graph_run(self._handle, ctypes.cast(variables, ctypes.c_char_p), self.runtime.pool)
+        return self._output[:rows]
+
+
+class _OnlyViews(TorchDispatchMode):
+    """Raises at any torch operation that would compute something."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and func not in (torch.ops.aten.empty.memory_format, torch.ops.aten._unsafe_view.default):
+            raise ConfigError(f"can't record a step that runs the torch operation {func} between ops: its replay would lack it")
+        return func(*args, **(kwargs or {}))
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGNMENT) * _ALIGNMENT

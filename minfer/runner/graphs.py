@@ -1,0 +1,67 @@
+"""Captured steps: the model's Python runs once, and later steps replay what it asked for.
+
+At decode sizes the Python around an op costs more than the op. A `Graph` removes it below the op table, so model code
+stays as it is and eager mode remains for reading and debugging. On the CPU one recording serves every batch size up to the
+largest, because its kernels decide at run time what depends on the size (`kernels/cpu/recorder.py`). What a CUDA graph needs
+besides, static input buffers and one capture per size, comes with the Triton backend behind the same two calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from minfer.batch import Batch
+from minfer.errors import ConfigError
+from minfer.kernels import Ops
+from minfer.kernels.cpu import CpuBackend
+from minfer.kernels.cpu.recorder import StepRecorder
+
+
+class Graph(Protocol):
+    """A step that can be computed again for other batches."""
+
+    def replay(self, batch: Batch) -> torch.Tensor:
+        """What the captured function returns for this batch, [T, ...]. The memory is the graph's: valid until the next replay."""
+        ...
+
+
+def can_capture(ops: Ops) -> bool:
+    """Whether every op of the table was chosen from one backend that can be recorded."""
+    backends = set(ops.chosen.values())
+    return backends == {CpuBackend.name}
+
+
+@torch.inference_mode()
+def capture(step: Callable[[Batch], torch.Tensor], ops: Ops, max_tokens: int, max_requests: int) -> Graph:
+    """Captures `step` for batches up to these sizes, over block tables of any width. Computes nothing, writes no KV.
+
+    Raises ConfigError if the backends can't be recorded, or if `step` computes with torch beside its ops.
+    """
+    backend = next((b for b in ops.backends if isinstance(b, CpuBackend)), None)
+    if backend is None or not can_capture(ops):
+        chosen = ", ".join(f"{op}={name}" for op, name in ops.chosen.items())
+        raise ConfigError(f"a step can be captured only when the cpu backend does every op, but the table is: {chosen}")
+    batch = _largest_batch(max_tokens, max_requests)
+    return StepRecorder(backend.runtime, batch).record(lambda: step(batch))
+
+
+def _largest_batch(tokens: int, requests: int) -> Batch:
+    """Shapes only: recording reads none of it. Every tensor has an address of its own, by which it is recognised."""
+
+    def integers(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    return Batch(
+        token_ids=integers(tokens),
+        positions=integers(tokens),
+        slots=integers(tokens, dtype=torch.int64),
+        query_start=integers(requests + 1),
+        seq_lens=integers(requests),
+        block_tables=integers(requests, 1),
+        logits_at=integers(tokens, dtype=torch.int64),
+        query_lens_host=[],
+        seq_lens_host=[],
+    )
