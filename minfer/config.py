@@ -17,6 +17,8 @@ from minfer.errors import ConfigError, ModelLoadError
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 Device = Literal["auto", "cpu", "cuda"]
+Quant = Literal["auto", "none"]
+Activations = Literal["auto", "int8", "none"]
 PolicyName = Literal["fcfs", "priority"]
 
 
@@ -36,6 +38,10 @@ class EngineConfig:
     dtype: DType = option("auto", "Type of weights and activations; auto takes the checkpoint's, or bfloat16 for a quantised file.")
     device: Device = option("auto", "Where to run; auto takes a CUDA or ROCm device if there is one.")
     backend: str = option("auto", "Kernels to use: auto (fastest that fits), reference (plain torch), or a backend's name.")
+    quant: Quant = option("auto", "auto runs a quantised checkpoint as it is where a kernel can; none dequantises it when it is loaded.")
+    activations: Activations = option(
+        "auto", "Input of quantised matrices on the CPU: int8 rounds it per token and group, none leaves it as it is; auto is int8."
+    )
     threads: int | None = option(None, "CPU threads (default: the physical cores this process may use).")
     max_model_len: int | None = option(None, "Longest prompt plus output, in tokens (default: what the model was trained for).")
     block_size: int = option(16, "Tokens in one KV-cache block.")
@@ -51,7 +57,14 @@ class EngineConfig:
     seed: int | None = option(None, "Seed for requests that bring none (default: fresh entropy for each).")
 
     def __post_init__(self) -> None:
-        for name, kind in (("load_format", LoadFormat), ("dtype", DType), ("device", Device), ("policy", PolicyName)):
+        for name, kind in (
+            ("load_format", LoadFormat),
+            ("dtype", DType),
+            ("device", Device),
+            ("quant", Quant),
+            ("activations", Activations),
+            ("policy", PolicyName),
+        ):
             if getattr(self, name) not in get_args(kind):
                 self._fail(name, f"must be one of {', '.join(get_args(kind))}")
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):

@@ -10,7 +10,8 @@ For each op the first backend in the list that has it is taken; the choice is lo
 fall-back at call time: an argument that the chosen kernel can't handle is an error that says so.
 
 Matrices are handed to `prepare` once, which asks the same list, in order, to repack them into a layout of its own. The
-first backend that takes the matrix also multiplies by it; `linear` and `embedding` look at the prepared type, nothing else.
+first backend that takes the matrix also multiplies by it. A quantised matrix that no backend has a kernel for is dequantised
+here, once and for good, and the log says so: that costs memory, where multiplying by it as it is would cost every step.
 
 Ops return new tensors, except `rotary` and `write_kv`, which work in place. They take tensors whose last axes are
 contiguous and whose first stride is free, so q, k and v may be slices of one product. Models compute through ops and
@@ -87,10 +88,19 @@ class Ops:
         for backend in self.backends:
             prepared = backend.prepare(weight, self.dtype)
             if isinstance(prepared, Weight):
-                self.chosen.setdefault(f"linear[{_kind(weight)}]", backend.name)
+                self._note(weight, backend.name)
                 return prepared
             reasons.append(f"{backend.name}: {prepared}")
+        if isinstance(weight, PackedWeight):
+            self._note(weight, f"dequantised to {str(self.dtype).removeprefix('torch.')}")
+            return self.prepare(weight.dequantize(self.dtype))
         raise ModelLoadError(f"no kernel multiplies by a {_kind(weight)} matrix {list(weight.shape)}: {'; '.join(reasons)}")
+
+    def _note(self, weight: torch.Tensor | PackedWeight, how: str) -> None:
+        op = f"linear[{_kind(weight)}]"
+        if op not in self.chosen:
+            self.chosen[op] = how
+            logger.info("kernels: %s=%s", op, how)
 
     def linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x[T, K] -> x @ weight.T + bias, [T, N]."""

@@ -12,7 +12,12 @@ from minfer.quant import PackedWeight
 
 
 class ReferenceBackend(Backend):
+    """`keep_packed` multiplies by quantised matrices as they are, dequantising at every use: little memory and no speed."""
+
     name = "reference"
+
+    def __init__(self, keep_packed: bool = False) -> None:
+        self.keep_packed = keep_packed
 
     rms_norm = staticmethod(rms_norm)
     rotary = staticmethod(rotary)
@@ -23,7 +28,7 @@ class ReferenceBackend(Backend):
 
     def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
         if isinstance(weight, PackedWeight):
-            return DequantizedWeight(weight, dtype)
+            return DequantizedWeight(weight, dtype) if self.keep_packed else "multiplies by dense matrices only"
         if weight.dtype != dtype:
             return f"a {weight.dtype} matrix can't multiply {dtype} activations; cast it first"
         return DenseWeight(weight)

@@ -1,0 +1,122 @@
+"""GGUF's quantised blocks -> `PackedWeight`, exactly: same codes, same scales, nothing rounded again.
+
+A row of a GGUF matrix is a sequence of blocks; each holds scales and bit-packed codes of 32 values, or of 256 in eight
+sub-blocks (the K-quants). Layouts are those of ggml-common.h:
+
+    Q4_0   18 B / 32    d f16, 16 B: byte i holds values i and i + 16          w = d (q - 8)
+    Q4_1   20 B / 32    d, m f16, 16 B as above                                w = d q + m
+    Q5_0   22 B / 32    d f16, 4 B fifth bits, 16 B as above                   w = d (q - 16)
+    Q5_1   24 B / 32    d, m f16, 4 B fifth bits, 16 B                         w = d q + m
+    Q8_0   34 B / 32    d f16, 32 x int8                                       w = d q
+    Q4_K  144 B / 256   d, dmin f16, 12 B of 6-bit scales and minima, 128 B    w = d s q - dmin m
+    Q5_K  176 B / 256   the same with 32 B of fifth bits                       w = d s q - dmin m
+
+Five-bit codes become int8 ones: one byte each, but the products run at int8 speed and nothing is lost. Types that have no
+such form with groups of 32 (Q6_K's groups are 16, the IQ types index tables) are dequantised by the loader instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from minfer.quant.packed import Element, PackedWeight, QuantScheme
+
+Bytes = npt.NDArray[np.uint8]
+Codes = npt.NDArray[np.int8]
+Floats = npt.NDArray[np.float32]
+Unpacked = tuple[Codes, Floats, Floats | None]  # codes [B, n], scales and minima [B, n / 32], for B blocks of n values
+
+GROUP = 32
+
+
+def unpack_gguf(kind: str, data: Bytes) -> PackedWeight | None:
+    """`data` is a matrix as it lies in the file, [N, bytes of a row]; `kind` a type's name. None for types without this form."""
+    if kind not in _TYPES:
+        return None
+    block_bytes, element, unpack = _TYPES[kind]
+    rows = data.shape[0]
+    codes, scales, mins = unpack(np.ascontiguousarray(data).reshape(-1, block_bytes))
+    scheme = QuantScheme(element, GROUP, symmetric=mins is None)
+    tensors = [torch.from_numpy(array.reshape(rows, -1)) for array in (codes, scales)]
+    return PackedWeight(tensors[0], tensors[1], None if mins is None else torch.from_numpy(mins.reshape(rows, -1)), scheme)
+
+
+def _halves(blocks: Bytes, at: int) -> Floats:
+    """The float16 at a byte offset of every block, [B, 1] float32."""
+    values: Floats = blocks[:, at : at + 2].copy().view(np.float16).astype(np.float32)
+    return values
+
+
+def _nibbles(packed: Bytes) -> Codes:
+    """[B, 16] -> [B, 32]: the low nibbles are the first half of the values, the high ones the second."""
+    nibbles: Codes = np.concatenate((packed & 15, packed >> 4), axis=1).astype(np.int8)
+    return nibbles
+
+
+def _fifth_bits(packed: Bytes) -> Codes:
+    """[B, 4], one bit a value, lowest first -> [B, 32] of 0 or 16."""
+    bits: Codes = np.unpackbits(packed, axis=1, bitorder="little").astype(np.int8)
+    return bits << 4
+
+
+def _q4_0(blocks: Bytes) -> Unpacked:
+    return _nibbles(blocks[:, 2:]) - np.int8(8), _halves(blocks, 0), None
+
+
+def _q4_1(blocks: Bytes) -> Unpacked:
+    return _nibbles(blocks[:, 4:]), _halves(blocks, 0), _halves(blocks, 2)
+
+
+def _q5_0(blocks: Bytes) -> Unpacked:
+    return (_nibbles(blocks[:, 6:]) | _fifth_bits(blocks[:, 2:6])) - np.int8(16), _halves(blocks, 0), None
+
+
+def _q5_1(blocks: Bytes) -> Unpacked:
+    return _nibbles(blocks[:, 8:]) | _fifth_bits(blocks[:, 4:8]), _halves(blocks, 0), _halves(blocks, 2)
+
+
+def _q8_0(blocks: Bytes) -> Unpacked:
+    return blocks[:, 2:].view(np.int8), _halves(blocks, 0), None
+
+
+def _k_scales(blocks: Bytes) -> tuple[Floats, Floats]:
+    """Scales and minima of the eight sub-blocks, [B, 8] each.
+
+    12 bytes hold sixteen 6-bit numbers: bytes 0..3 and 4..7 the first four scales and minima, whose two spare top bits are
+    the top of the last four; bytes 8..11 hold the low four bits of those, scale low nibble, minimum high nibble.
+    """
+    low, mid, last = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+    scales = np.concatenate((low & 63, (last & 15) | (low >> 6) << 4), axis=1)
+    mins = np.concatenate((mid & 63, (last >> 4) | (mid >> 6) << 4), axis=1)
+    return _halves(blocks, 0) * scales.astype(np.float32), -(_halves(blocks, 2) * mins.astype(np.float32))
+
+
+def _k_nibbles(packed: Bytes) -> Codes:
+    """[B, 128] -> [B, 256]: 32 bytes hold two sub-blocks, low nibbles first."""
+    chunks = packed.reshape(-1, 4, 32)
+    return np.stack((chunks & 15, chunks >> 4), axis=2).reshape(-1, 256).astype(np.int8)
+
+
+def _q4_k(blocks: Bytes) -> Unpacked:
+    return _k_nibbles(blocks[:, 16:]), *_k_scales(blocks)
+
+
+def _q5_k(blocks: Bytes) -> Unpacked:
+    fifth = np.unpackbits(blocks[:, 16:48, None], axis=2, bitorder="little").transpose(0, 2, 1)  # bit s of byte i: value i of sub-block s
+    return _k_nibbles(blocks[:, 48:]) | fifth.reshape(-1, 256).astype(np.int8) << 4, *_k_scales(blocks)
+
+
+# Bytes of a block, element of the result, how to take it apart.
+_TYPES: dict[str, tuple[int, Element, Callable[[Bytes], Unpacked]]] = {
+    "Q4_0": (18, "int4", _q4_0),
+    "Q4_1": (20, "int4", _q4_1),
+    "Q5_0": (22, "int8", _q5_0),
+    "Q5_1": (24, "int8", _q5_1),
+    "Q8_0": (34, "int8", _q8_0),
+    "Q4_K": (144, "int4", _q4_k),
+    "Q5_K": (176, "int8", _q5_k),
+}
