@@ -1,0 +1,26 @@
+"""The command line: `minfer generate`, `chat`, `serve`, `bench`, `perplexity`, `inspect`, `list`, `env`.
+
+One file per command; `options.py` makes the flags out of the dataclasses they fill, `command.py` gives every command the same
+manners (`--json`, `-v`, exit codes, errors in one sentence). Heavy things (torch, the engine, the server) are imported inside
+the commands, so that `minfer --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line (default: this process's) and returns its exit code."""
+    try:
+        from minfer.cli.app import run
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        print(
+            f'minfer\'s command line needs {error.name}, which is not installed; install it with: pip install "minfer[cli]"',
+            file=sys.stderr,
+        )
+        return 1
+    return run(sys.argv[1:] if arguments is None else arguments)
