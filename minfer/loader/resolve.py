@@ -63,7 +63,7 @@ def resolve_model(name: str, *, revision: str | None = None, load_format: LoadFo
     )
 
 
-def resolve_tokenizer(name: str, *, revision: str | None = None) -> TokenizerSource:
+def resolve_tokenizer(name: str) -> TokenizerSource:
     """A tokenizer other than the model's: a folder, tokenizer file, .gguf file, short name or hub id (only its small files are fetched)."""
     path = _path(name)
     if path is not None and (path.suffix != ".gguf" if path.is_file() else any((path / f).is_file() for f in TOKENIZER_FILES)):
@@ -73,9 +73,9 @@ def resolve_tokenizer(name: str, *, revision: str | None = None) -> TokenizerSou
     if packaged is not None:
         source = ModelSource(kind="gguf", name=name, path=packaged)
     elif known is not None:
-        source = _from_hub(name, known[0].repo, "", revision, "dummy")
+        source = _from_hub(name, known[0].repo, "", None, "dummy")
     else:
-        source = resolve_model(name, revision=revision, load_format="dummy")
+        source = resolve_model(name, load_format="dummy")
     if source.path is None or source.path.is_dir():
         return source.path
     return read_header(source.path).metadata
