@@ -107,7 +107,7 @@ class Penalties:
             params, counts = row.params, history.counts
             seen = (counts > 0) | history.in_prompt
             at.append(np.full(len(counts), index))
-            tokens.append(history.ids.copy())  # a later row of the same request may change it
+            tokens.append(history.ids)
             factors.append(np.where(seen, np.float32(params.repetition_penalty), np.float32(1)))
             offsets.append(np.float32(params.frequency_penalty) * counts + np.float32(params.presence_penalty) * (counts > 0))
         while len(self._histories) > self._spare + len(wanted):

@@ -259,6 +259,25 @@ def test_own_processors_run_after_the_built_in_ones() -> None:
     assert sample_once(torch.randn(2, 20), [make_row(temperature=0), make_row()], processors=[only_seven]) == [7, 7]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
+@pytest.mark.parametrize("step", [None, 0.0625])
+def test_a_gpu_picks_the_same_tokens(step: float | None) -> None:
+    logits = torch.randn(len(SETTINGS) + 1, 5000, generator=torch.Generator().manual_seed(2)) * 3
+    if step:
+        logits = (logits / step).round() * step
+    params = [{"temperature": 0.0, "repetition_penalty": 1.2, "logit_bias": {3: 1.0}, "min_tokens": 2}, *SETTINGS]
+    rows = [make_row(i, logprobs=4, **values) for i, values in enumerate(params)]
+    here = Sampler(5000).sample(logits.clone(), rows)
+    there = Sampler(5000, "cuda").sample(logits.cuda(), rows)
+    assert here.token_ids == there.token_ids
+    for ours, theirs in zip(here.logprobs, there.logprobs, strict=True):
+        assert ours is not None
+        assert theirs is not None
+        assert (ours.rank, ours.top_token_ids) == (theirs.rank, theirs.top_token_ids)
+        assert ours.top_logprobs == pytest.approx(theirs.top_logprobs, abs=1e-5)
+
+
 def test_blocks_do_not_show() -> None:
     """The winner sits in every place of a block, and past the last whole one."""
     vocab = 2 * BLOCK + 5
