@@ -12,7 +12,8 @@ import logging
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from minfer.errors import RequestError
 from minfer.sampling_params import SamplingParams
@@ -78,6 +79,26 @@ _SAMPLING_FIELDS = (
     "seed",
     "skip_special_tokens",
 )
+
+
+def _check_prompt(value: Any) -> Any:
+    """One sentence, where pydantic would tell what is wrong with each of the four alternatives."""
+    items = value if isinstance(value, list) else []
+    if isinstance(value, str) or (isinstance(value, list) and any(all(map(fits, items)) for fits in (_is_text, _is_id, _is_ids))):
+        return value
+    raise PydanticCustomError("prompt", "must be a string, a list of strings, a list of token ids, or a list of lists of token ids")
+
+
+def _is_text(item: object) -> bool:
+    return isinstance(item, str)
+
+
+def _is_id(item: object) -> bool:
+    return isinstance(item, int) and not isinstance(item, bool)
+
+
+def _is_ids(item: object) -> bool:
+    return isinstance(item, list) and all(map(_is_id, item))
 
 
 class _Body(BaseModel):
@@ -169,7 +190,7 @@ class ChatCompletionRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: Annotated[str | list[int] | list[str] | list[list[int]], BeforeValidator(_check_prompt)]
     logprobs: int | None = None
     echo: bool | None = None
     best_of: int | None = None
