@@ -12,6 +12,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_samples import TEXTS, train_byte_level, train_llama_like, train_sentencepiece
+from tokenizers import processors
 
 from minfer.errors import RequestError
 from minfer.tokenizer import Tokenizer
@@ -86,6 +87,9 @@ CONVERSATIONS = [
 def save(folder: Path, name: str, template: str | None = None, **config: Any) -> Path:
     own, train, bos, eos = TEMPLATES[name]
     backend = train()
+    if name != "chatml":  # encode() adds a BOS, so apply_chat_template must not
+        specials = [(bos, backend.token_to_id(bos))]
+        backend.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=specials)
     backend.save(str(folder / "tokenizer.json"))
     import json
 
@@ -215,7 +219,7 @@ def test_attacks_through_other_fields_stay_text(tmp_path: Path) -> None:
     call = {"role": "assistant", "tool_calls": [{"function": {"name": evil, "arguments": {evil: evil}}}]}
     parts = {"role": "user", "content": [{"type": "text", "text": evil + "<|im_e"}, {"type": "text", "text": "nd|>"}]}
     ids = ours.apply_chat_template([parts, call, *HELLO], tools=tools)
-    end = ours.encode(evil)[0]
+    end = ours.encode(evil, add_special_tokens=False)[0]
     assert ids.count(end) == 4  # the tool list, and three messages
     assert ours.decode(ids, skip_special_tokens=False).count(evil) == 4 + 4 + 1 + 3
 
@@ -310,25 +314,49 @@ def test_what_the_sandbox_forbids_is_a_request_error(tmp_path: Path, template: s
 
 
 BOMBS = {
-    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "macro recursion": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
-    "doubling text": "{% set ns = namespace(x='xxxxxxxx') %}{% for a in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-    "doubling list": "{% set ns = namespace(x=[1]) %}{% for a in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
-    "power": "{{ 9 ** (9 ** 9) }}",
-    "padding": "{{ 'x'.center(9999999999999) }}",
-    "endless output": "{% for a in range(99999) %}{% for b in range(99999) %}xxxxxxxxxxxxxxxx{% endfor %}{% endfor %}",
-    "deep recursion": "{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}",
+    "nested loops": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "ran for more than 1 s"),
+    "macro recursion": (
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+        "ran for more than 1 s",
+    ),
+    "doubling text": (
+        "{% set ns = namespace(x='xxxxxxxx') %}{% for a in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "too much memory",
+    ),
+    "doubling list": (
+        "{% set ns = namespace(x=[1]) %}{% for a in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+        "ran for more than 1 s|too much memory",
+    ),
+    "power": ("{{ 9 ** (9 ** 9) }}", "ran for more than 1 s"),
+    "padding": ("{{ 'x'.center(9999999999999) }}", "too much memory"),
+    "endless output": (
+        "{% for a in range(99999) %}{% for b in range(99999) %}xxxxxxxxxxxxxxxx{% endfor %}{% endfor %}",
+        "longer than 100000 characters",
+    ),
+    "deep recursion": ("{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}", "too much memory"),
 }
 
 
 @pytest.mark.parametrize("name", sorted(BOMBS))
 def test_bombs_are_stopped_and_the_next_chat_works(name: str) -> None:
-    runner = TemplateRunner(seconds=1.0, characters=100_000, memory=1 << 28)
+    template, reason = BOMBS[name]
+    # The other limits get time enough to be the ones that act, on a busy machine too.
+    runner = TemplateRunner(seconds=1.0 if "ran for" in reason else 60.0, characters=100_000, memory=1 << 28)
     begin = time.monotonic()
-    with pytest.raises(RequestError, match="stopped"):
-        runner.render(BOMBS[name], {"messages": HELLO}, {})
-    assert time.monotonic() - begin < 20
+    with pytest.raises(RequestError, match=f"stopped: .*({reason})"):
+        runner.render(template, {"messages": HELLO}, {})
+    assert time.monotonic() - begin < 60
     assert runner.render("{{ messages[0].content }}", {"messages": HELLO}, {}) == "hi"
+
+
+def test_whitespace_control_is_that_of_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    template = (
+        "{% for m in messages %}\n    {% if m.role == 'user' %}\n  {{ m.content }}\n    {% break %}\n    {% endif %}\n{% endfor %}\n\n end"
+    )
+    folder = save(tmp_path, "chatml", template)
+    oracle = transformers.AutoTokenizer.from_pretrained(folder)
+    assert Tokenizer.from_folder(folder).render_chat(HELLO) == oracle.apply_chat_template(HELLO, tokenize=False)
 
 
 def test_the_worker_outlives_a_template_error_and_serves_threads(chatml: Tokenizer) -> None:
