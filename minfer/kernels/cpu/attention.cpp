@@ -153,11 +153,12 @@ struct Attention {
 
   // Writes o / l of one query row, which lies in o with `stride` floats between channels.
   void write(const Head& head, int64_t row, const float* o, int64_t stride, float l, float* line) const {
-    for (int64_t d = 0; d < a.dim; ++d) line[d] = o[d * stride] / l;
+    for (int64_t d = 0; d < a.dim; ++d) line[d] = o[d * stride];
     Q* out = static_cast<Q*>(a.out) + ((head.first_token + row / head.group) * a.heads + head.query_head(row)) * a.dim;
+    const Vec factor = broadcast(1.0f / l);
     int64_t d = 0;
-    for (; d + kLanes <= a.dim; d += kLanes) store(out + d, load(line + d));
-    if (d < a.dim) store_some(out + d, load_some(line + d, a.dim - d), a.dim - d);
+    for (; d + kLanes <= a.dim; d += kLanes) store(out + d, load(line + d) * factor);
+    if (d < a.dim) store_some(out + d, load_some(line + d, a.dim - d) * factor, a.dim - d);
   }
 
   // ---- few rows: keys in the lanes ----
@@ -388,14 +389,20 @@ struct Attention {
     }
     const Vec subtract = finite_maximum(m);
     Vec sums[kLanes] = {};  // by key modulo kLanes, as the other kernel's lanes have them
-    for (int64_t j = 0; j < keys; j += kStep) {
+    const auto add = [&](int64_t j, int lane, int count) {
       Vec p[2] = {};
-      for (int64_t i = 0; i < kStep && j + i < keys; ++i) {
+      for (int i = 0; i < count; ++i) {
         p[i] = exp(load(s + (j + i) * kPanel) - subtract);
-        sums[(j + i) % kLanes] += p[i];
+        sums[lane + i] += p[i];
       }
       store_words(w.p + j / kStep * kPanel + n * kLanes, Words::from_probabilities(p));
+    };
+    int64_t j = 0;
+    for (; j + kLanes <= keys; j += kLanes) {
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; lane += kStep) add(j + lane, lane, kStep);
     }
+    for (int lane = 0; j + lane < keys; lane += kStep) add(j + lane, lane, static_cast<int>(smaller(kStep, keys - j - lane)));
     for (int half = kLanes / 2; half > 0; half /= 2) {
       for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
     }
