@@ -46,8 +46,7 @@ def resolve_model(name: str, *, revision: str | None = None, load_format: LoadFo
     """Finds a model, downloading it if need be; raises `ModelLoadError` that says what was tried and what to do."""
     if not name or "\0" in name:
         raise ModelLoadError("no model was given; name a folder, a .gguf file, a hub id or a short name (`minfer list` shows those)")
-    if revision is not None and not REVISION.fullmatch(revision):
-        raise ModelLoadError(f"revision {revision!r} is not the name of a branch, tag or commit")
+    _check_revision(revision)
     path, known = _path(name), names.find(name)
     if revision is not None and (path is not None or (known is not None and load_format == "dummy")):
         raise ModelLoadError(f"revision {revision!r} means nothing for {name!r}, which is not taken from the hub; leave it out")
@@ -63,8 +62,12 @@ def resolve_model(name: str, *, revision: str | None = None, load_format: LoadFo
     )
 
 
-def resolve_tokenizer(name: str) -> TokenizerSource:
-    """A tokenizer other than the model's: a folder, tokenizer file, .gguf file, short name or hub id (only its small files are fetched)."""
+def resolve_tokenizer(name: str, *, revision: str | None = None) -> TokenizerSource:
+    """A tokenizer other than the model's: a folder, tokenizer file, .gguf file, short name or hub id (only its small files are fetched).
+
+    `revision` is the model's and may well be set for that alone, so here it counts for hub ids only.
+    """
+    _check_revision(revision)
     path = _path(name)
     if path is not None and (path.suffix != ".gguf" if path.is_file() else any((path / f).is_file() for f in TOKENIZER_FILES)):
         return path
@@ -73,9 +76,9 @@ def resolve_tokenizer(name: str) -> TokenizerSource:
     if packaged is not None:
         source = ModelSource(kind="gguf", name=name, path=packaged)
     elif known is not None:
-        source = _from_hub(name, known[0].repo, "", None, "dummy")
+        source = _from_hub(name, known[0].repo, "", revision, "dummy")
     else:
-        source = resolve_model(name, load_format="dummy")
+        source = resolve_model(name, revision=revision if path is None else None, load_format="dummy")
     if source.path is None or source.path.is_dir():
         return source.path
     return read_header(source.path).metadata
@@ -109,6 +112,11 @@ def _opens(source: ModelSource) -> bool:
     except ModelLoadError:
         return False
     return True
+
+
+def _check_revision(revision: str | None) -> None:
+    if revision is not None and not REVISION.fullmatch(revision):  # it becomes part of a path in the cache
+        raise ModelLoadError(f"revision {revision!r} is not the name of a branch, tag or commit")
 
 
 def _path(name: str) -> Path | None:

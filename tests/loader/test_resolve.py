@@ -136,6 +136,8 @@ def test_revisions_belong_to_the_hub(saved: Path) -> None:
 def test_revisions_are_checked(revision: str) -> None:
     with pytest.raises(ModelLoadError, match="revision"):
         resolve_model("org/name", revision=revision)
+    with pytest.raises(ModelLoadError, match="revision"):
+        resolve_tokenizer("smollm2-360m", revision=revision)
 
 
 def test_offline_says_what_was_tried_at_once() -> None:
