@@ -32,7 +32,7 @@ class EngineConfig:
     """Every switch of the engine. A bad value or combination raises `ConfigError` when the config is built."""
 
     model: str = option("", "Short name, Hugging Face repo id, model folder or .gguf file.", positional=True)
-    tokenizer: str | None = option(None, "Folder, repo id or tokenizer file to use instead of the model's own.")
+    tokenizer: str | None = option(None, "Folder, .gguf file, short name or repo id whose tokenizer to use instead of the model's own.")
     revision: str | None = option(None, "Branch, tag or commit of the hub repository.")
     load_format: LoadFormat = option("auto", "How to read weights; dummy makes random ones of the named shape, with no download.")
     dtype: DType = option("auto", "Type of weights and activations; auto takes the checkpoint's, or bfloat16 for a quantised file.")

@@ -19,7 +19,7 @@ from minfer.engine.outputs import OutputKind, RequestOutput
 from minfer.errors import EngineDeadError, RequestError
 from minfer.loader import resolve_tokenizer
 from minfer.runner import LoadedModel, load_model
-from minfer.sampling import LogitsProcessor
+from minfer.sampling import LogitsProcessor, PaddedVocabulary
 from minfer.sampling_params import SamplingParams
 from minfer.tokenizer import Tokenizer
 
@@ -29,7 +29,9 @@ class Engine:
         self.config = loaded.config
         self.model_config = loaded.model_config
         self.tokenizer = tokenizer
-        self.core = EngineCore(loaded, processors)
+        padded = tokenizer is not None and tokenizer.vocab_size < loaded.model_config.vocab_size
+        own = [PaddedVocabulary(tokenizer.vocab_size)] if padded and tokenizer is not None else []
+        self.core = EngineCore(loaded, [*own, *processors])
         self.inputs = InputProcessor(loaded.config, loaded.model_config, tokenizer)
         self.outputs = OutputProcessor(tokenizer)
         self._death: BaseException | None = None

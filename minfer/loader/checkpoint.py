@@ -17,6 +17,7 @@ import torch
 
 from minfer.config import ModelConfig
 from minfer.errors import ModelLoadError
+from minfer.quant import PackedWeight
 
 # A folder with tokenizer files, or a GGUF file's metadata; None where the checkpoint brings no tokenizer.
 TokenizerSource = Path | Mapping[str, Any] | None
@@ -82,19 +83,20 @@ class Checkpoint(ABC):
     def read(self, name: str) -> torch.Tensor:
         """One tensor by its Hugging Face name, in the file's dtype (fp32 where the file is quantised). May share the file's pages."""
 
-    def tensors(self, *, keep_packed: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    def read_packed(self, name: str) -> PackedWeight | None:
+        """A quantised matrix as the file packs it, without loss; None for one that isn't quantised or has no such form."""
+        return None
+
+    def tensors(self, *, keep_packed: bool = False) -> Iterator[tuple[str, torch.Tensor | PackedWeight]]:
         """All tensors of `config.tensor_shapes()`, once each, in the file's order.
 
         One at a time: a consumer that copies each tensor and lets go of it peaks at its own weights + one tensor. Weights that
         have the right dtype already may be kept instead, they are pages of the mapped file. `keep_packed` asks for quantised
-        matrices as they are; no reader can give them yet, so on a quantised file it raises `ModelLoadError`.
+        matrices as they are, where they have a packed form; the others come dequantised.
         """
-        if keep_packed and self.quantization is not None:
-            raise ModelLoadError(
-                f"{self.source.name}: running packed {self.quantization} weights is not supported yet; load them dequantised"
-            )
         for name in self.tensor_infos:
-            yield name, self.read(name)
+            packed = self.read_packed(name) if keep_packed else None
+            yield name, self.read(name) if packed is None else packed
 
     def describe(self) -> CheckpointSummary:
         by_dtype: dict[str, int] = {}

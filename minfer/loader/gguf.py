@@ -28,6 +28,8 @@ from minfer.loader.checkpoint import Checkpoint, ModelSource, TensorInfo
 from minfer.loader.gguf_config import hf_config, hf_name
 from minfer.loader.gguf_header import GGUFHeader, GGUFTensor, block_sizes, read_header
 from minfer.loader.hf_config import build_config
+from minfer.quant import PackedWeight
+from minfer.quant.gguf import unpack_gguf
 
 FREQ_FACTORS = "rope_freqs.weight"
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -59,6 +61,14 @@ class GGUFCheckpoint(Checkpoint):
         dtype, tensor = self.tensor_infos[name].dtype, self._tensors[name]
         order = self._row_order(name, tensor)
         return _plain(tensor, PLAIN[dtype], order) if dtype in PLAIN else _dequantize(tensor, order)
+
+    def read_packed(self, name: str) -> PackedWeight | None:
+        dtype, tensor = self.tensor_infos[name].dtype, self._tensors[name]
+        if len(tensor.shape) != 2 or dtype in PLAIN:
+            return None
+        packed = unpack_gguf(dtype, _map(tensor, tensor.shape[0]))
+        order = self._row_order(name, tensor)
+        return packed if packed is None or order is None else packed.rows(torch.from_numpy(order))
 
     def _row_order(self, name: str, tensor: GGUFTensor) -> npt.NDArray[np.int64] | None:
         """Row r of the result is row order[r] of the file; None where the file's order is already the model's."""

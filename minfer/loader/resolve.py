@@ -63,13 +63,15 @@ def resolve_model(name: str, *, revision: str | None = None, load_format: LoadFo
 
 
 def resolve_tokenizer(name: str, *, revision: str | None = None) -> TokenizerSource:
-    """A tokenizer other than the model's: a folder, tokenizer file, .gguf file, short name or hub id (only its small files are fetched).
+    """A tokenizer other than the model's: a folder, .gguf file, short name or hub id (only its small files are fetched).
 
     `revision` is the model's and may well be set for that alone, so here it counts for hub ids only.
     """
     _check_revision(revision)
     path = _path(name)
-    if path is not None and (path.suffix != ".gguf" if path.is_file() else any((path / f).is_file() for f in TOKENIZER_FILES)):
+    if path is not None and path.is_file() and path.suffix != ".gguf":
+        raise ModelLoadError(f"tokenizer {name!r} is a file; give the folder that holds it, which has its settings too")
+    if path is not None and any((path / file).is_file() for file in TOKENIZER_FILES):
         return path
     known = names.find(name) if path is None else None
     packaged = _packaged(known[0]) if known else None

@@ -58,7 +58,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         ops = select_ops(device, dtype, config.backend, config.threads)
     with _timed(phases, "read weights"), torch.inference_mode():
         model = create_model(model_config, ops, max_len, device)
-        load_weights(model, checkpoint.tensors())
+        load_weights(model, checkpoint.tensors(keep_packed=config.quant == "auto"))
     with _timed(phases, "size KV cache"):
         blocks = num_kv_blocks(config, model_config, max_len, dtype, device)
         cache = KVCache(model_config, blocks, config.block_size, dtype, device)

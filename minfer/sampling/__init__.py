@@ -7,12 +7,13 @@ admitted; `prompt_logprobs` scores a prompt that is already known.
 from __future__ import annotations
 
 from minfer.sampling.logprobs import RowLogprobs, prompt_logprobs
-from minfer.sampling.processors import LogitsProcessor, SamplingRow
+from minfer.sampling.processors import LogitsProcessor, PaddedVocabulary, SamplingRow
 from minfer.sampling.rng import derive_seed, uniforms
 from minfer.sampling.sampler import Sampler, SamplerOutput
 
 __all__ = [
     "LogitsProcessor",
+    "PaddedVocabulary",
     "RowLogprobs",
     "Sampler",
     "SamplerOutput",

@@ -149,6 +149,16 @@ class MinTokens:
         mask_entries(logits, at, tokens)
 
 
+class PaddedVocabulary:
+    """Masks the ids behind the tokenizer's last: many models pad their vocabulary to a round number, and a pad has no text."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+        logits[:, self.size :] = -math.inf
+
+
 def mask_entries(logits: Tensor, at: list[int], tokens: list[int]) -> None:
     """Sets `logits[at[i], tokens[i]]` to -inf for every i."""
     if at:

@@ -13,8 +13,10 @@ from gguf import GGMLQuantizationType
 import minfer.loader.gguf
 from minfer.errors import ModelLoadError
 from minfer.loader import Checkpoint, ModelSource, open_checkpoint
+from minfer.quant import PackedWeight
 
 NOT_QUANTISED = {"F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64"}
+PACKED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K")  # the types that run as they are
 QUANTISED = [t for t in gguf.GGML_QUANT_SIZES if t.name not in NOT_QUANTISED]
 
 
@@ -180,8 +182,10 @@ def test_every_quantised_type(
         assert np.array_equal(tensor.numpy(), expected, equal_nan=True), name
     assert checkpoint.quantization == kind.name
     assert checkpoint.config.dtype == "bfloat16"
-    with pytest.raises(ModelLoadError, match=f"packed {kind.name} weights is not supported yet"):
-        next(checkpoint.tensors(keep_packed=True))
+    for name, tensor in checkpoint.tensors(keep_packed=True):  # kept as it is where that is possible: the same values either way
+        assert isinstance(tensor, PackedWeight) == (checkpoint.tensor_infos[name].dtype in PACKED)
+        value = tensor.dequantize() if isinstance(tensor, PackedWeight) else tensor
+        assert torch.equal(value.nan_to_num(), checkpoint.read(name).nan_to_num()), name
 
 
 def test_llama3_frequency_factors_and_yarn(gguf_shaped: Callable[..., Path]) -> None:

@@ -290,7 +290,8 @@ def test_tokenizers_by_path(tmp_path: Path, gguf_shaped: Callable[..., Path], sm
     (tmp_path / "t").mkdir()
     file = tmp_path / "t" / "tokenizer.json"
     file.touch()
-    assert resolve_tokenizer(str(file)) == file
+    with pytest.raises(ModelLoadError, match="is a file; give the folder"):
+        resolve_tokenizer(str(file))
     assert resolve_tokenizer(str(file.parent)) == file.parent
     for name in (str(gguf_shaped()), "smollm2-135m"):
         found = resolve_tokenizer(name)
