@@ -16,11 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from minfer.cli.app import run
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("typer", "rich"):
             raise
-        print(
-            f'minfer\'s command line needs {error.name}, which is not installed; install it with: pip install "minfer[cli]"',
-            file=sys.stderr,
-        )
+        print(f'error: the command line needs {missing}, not installed here; install it with: pip install "minfer[cli]"', file=sys.stderr)
         return 1
     return run(sys.argv[1:] if arguments is None else arguments)

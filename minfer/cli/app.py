@@ -76,7 +76,7 @@ def _complain(error: Exception, *, json: bool) -> int:
     if not message:  # no arguments at all: typer has printed the help
         return 2
     path = context.command_path if context is not None else "minfer"
-    terminal.error(f"{message} Try `{path} --help`.")
+    terminal.error(f"{message.rstrip('.')}; try `{path} --help`.")
     if json:
         terminal.result({"error": {"type": "UsageError", "message": message}})
     return 2

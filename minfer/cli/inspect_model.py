@@ -129,10 +129,11 @@ def _rows(v: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if v["disk_bytes"] is not None:
         rows.append(("on disk", f"{human_bytes(v['disk_bytes'])} {v['format']} ({types})"))
+    how = ", dequantised" if v["quantization"] else ""
     fits = "" if v["weights_fit"] else ": does NOT fit"
     return [
         *rows,
-        ("weights in memory", f"{human_bytes(v['weights_bytes'])} as {v['dtype']} on {v['device']}{fits}"),
+        ("weights in memory", f"{human_bytes(v['weights_bytes'])} as {v['dtype']}{how} on {v['device']}{fits}"),
         ("KV per token", human_bytes(v["kv_bytes_per_token"])),
         ("free memory", f"{human_bytes(v['free_memory_bytes'])}, of it for the KV cache {human_bytes(v['kv_cache_bytes'])}"),
         ("full-length sequences", f"{v['full_length_sequences']:,} at the same time"),
