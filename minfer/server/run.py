@@ -41,15 +41,7 @@ LAST_WORDS_SECONDS = 5.0  # for errors to reach clients, after draining or after
 
 def run_server(config: EngineConfig, options: ServerOptions) -> None:
     """See `minfer.server.serve`."""
-    listener = _bind(options)
     slot = ModelSlot(config.model, options)
-    port = listener.getsockname()[1]
-    _say(f"minfer: loading {config.model}; {base_url(options, port)} answers 503 until it is ready")
-    warning = exposure_warning(options)
-    if warning:
-        _say(warning)
-    # A daemon: a signal while it loads must not wait for it.
-    threading.Thread(target=_load, args=(slot, config), name="minfer-load", daemon=True).start()
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(slot, options),
@@ -63,7 +55,14 @@ def run_server(config: EngineConfig, options: ServerOptions) -> None:
             timeout_graceful_shutdown=int(options.drain_seconds + LAST_WORDS_SECONDS) + 1,
         )
     )
-    with _signals_end(server):
+    with _signals_end(server), _bind(options) as listener:
+        port = listener.getsockname()[1]
+        _say(f"minfer: loading {config.model}; {base_url(options, port)} answers 503 until it is ready")
+        warning = exposure_warning(options)
+        if warning:
+            _say(warning)
+        # A daemon: a signal while it loads must not wait for it.
+        threading.Thread(target=_load, args=(slot, config), name="minfer-load", daemon=True).start()
         asyncio.run(_serve(server, listener, slot, options, port))
     if slot.llm is not None:
         slot.llm.shutdown()

@@ -120,19 +120,29 @@ def test_context_length(client: httpx.Client, stream: bool) -> None:
     assert message.startswith("This model's maximum context length is 512 tokens. However, your prompt has ")
 
 
-@pytest.mark.parametrize(
-    "content", [b"{", b"", b"[1]", b'"x"', b"null", b"\xff\xfe", b"[" * 100_000, b'{"prompt": "a", "n": ' + b"9" * 5000 + b"}"]
-)
+NOT_OBJECTS = [b"{", b"", b"[1]", b'"x"', b"null", b"\xff\xfe", b"[" * 100_000, b'{"prompt": "a", "n": ' + b"9" * 5000 + b"}"]
+
+
+@pytest.mark.parametrize("content", NOT_OBJECTS, ids=lambda content: repr(content[:12]))
 def test_bodies_that_are_no_json_object(client: httpx.Client, content: bytes) -> None:
     check(client.post(COMPLETE, content=content, headers={"content-type": "application/json"}), 400, None)
 
 
-def test_lone_surrogates(client: httpx.Client) -> None:
-    for path, body in ((COMPLETE, {"prompt": "\ud800"}), (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}),
-                       (COMPLETE, {"prompt": "a", "model": "\ud800"}), (COMPLETE, {"prompt": "a", "\ud800": 1, "logit_bias": {"\ud800": 1}})):  # fmt: skip
-        response = client.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
-        assert response.status_code in (400, 404), response.text
-        assert response.json()["error"]["message"]
+SURROGATES: list[tuple[str, dict[str, Any]]] = [
+    (COMPLETE, {"prompt": "\ud800"}),
+    (COMPLETE, {"prompt": "a", "model": "\ud800"}),
+    (COMPLETE, {"prompt": "a", "\ud800": 1, "logit_bias": {"\ud800": 1}}),
+    (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}),
+    (CHAT, {"messages": [{"role": "\ud800", "content": "a"}]}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), SURROGATES)
+def test_lone_surrogates(client: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    """JSON can spell them and UTF-8 can't: a refusal must not fail on quoting one."""
+    response = client.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+    assert response.status_code in (400, 404), response.text
+    assert response.json()["error"]["message"]
 
 
 def test_routes(client: httpx.Client) -> None:
