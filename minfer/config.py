@@ -42,6 +42,7 @@ class EngineConfig:
     activations: Activations = option(
         "auto", "Input of quantised matrices on the CPU: int8 rounds it per token and group, none leaves it as it is; auto is int8."
     )
+    graphs: bool = option(True, "Record the model's step once and replay it without Python between its ops, where the kernels allow it.")
     threads: int | None = option(None, "CPU threads (default: the physical cores this process may use).")
     max_model_len: int | None = option(None, "Longest prompt plus output, in tokens (default: what the model was trained for).")
     block_size: int = option(16, "Tokens in one KV-cache block.")

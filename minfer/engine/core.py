@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from minfer.runner import BatchBuilder, LoadedModel, ModelRunner, RowSpan
+from minfer.runner.graphs import Graph, can_capture, capture
 from minfer.sampling import LogitsProcessor, RowLogprobs, Sampler, SamplerOutput, prompt_logprobs
 from minfer.scheduler import Request, ScheduledRequest, Scheduler, SchedulerOutput, create_policy
 
@@ -64,7 +65,7 @@ class EngineCore:
             prefix_caching=config.prefix_caching,
         )
         builder = BatchBuilder(config.max_num_batched_tokens, config.max_num_seqs, loaded.max_model_len, config.block_size, loaded.device)
-        self.runner = ModelRunner(loaded.model, loaded.cache, builder)
+        self.runner = ModelRunner(loaded.model, loaded.cache, builder, _graph(loaded) if config.graphs else None)
         self.sampler = Sampler(loaded.model_config.vocab_size, loaded.device, processors)
         self.times = StepTimes()
 
@@ -130,6 +131,14 @@ class EngineCore:
         times.forward += run - build
         times.sample += sample
         times.update += update
+
+
+def _graph(loaded: LoadedModel) -> Graph | None:
+    """The model's step recorded for every batch up to the largest; None where the kernels in use can't be recorded."""
+    if not can_capture(loaded.ops):
+        return None
+    model, cache, config = loaded.model, loaded.cache, loaded.config
+    return capture(lambda batch: model(batch, cache), loaded.ops, config.max_num_batched_tokens, config.max_num_seqs)
 
 
 def _wants_scores(item: ScheduledRequest) -> bool:

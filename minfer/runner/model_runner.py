@@ -10,13 +10,17 @@ import torch
 from minfer.kvcache import KVCache
 from minfer.models import Model
 from minfer.runner.batch_builder import BatchBuilder, RowSpan
+from minfer.runner.graphs import Graph
 
 
 class ModelRunner:
-    def __init__(self, model: Model, cache: KVCache, builder: BatchBuilder) -> None:
+    """With a `graph`, steps are replayed from it; without, the model's own Python runs each time."""
+
+    def __init__(self, model: Model, cache: KVCache, builder: BatchBuilder, graph: Graph | None = None) -> None:
         self.model = model
         self.cache = cache
         self.builder = builder
+        self.graph = graph
         self.build_seconds = 0.0  # spent so far on turning rows into batches: the host's cost, not the model's
 
     @torch.inference_mode()
@@ -28,10 +32,10 @@ class ModelRunner:
         started = time.perf_counter()
         batch = self.builder.build(spans)
         self.build_seconds += time.perf_counter() - started
-        hidden = self.model(batch, self.cache)  # [T, H]
+        hidden = self.model(batch, self.cache) if self.graph is None else self.graph.replay(batch)  # [T, H]
         if batch.logits_at.shape[0] == hidden.shape[0]:
-            return hidden  # type: ignore[no-any-return]
-        return hidden.index_select(0, batch.logits_at)  # type: ignore[no-any-return]
+            return hidden
+        return hidden.index_select(0, batch.logits_at)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
