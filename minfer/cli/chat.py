@@ -1,7 +1,8 @@
 """`minfer chat`: a conversation in the terminal. What a conversation is stands in `conversation.py`; this file is the screen.
 
 Ctrl-C belongs to whatever is going on: during a reply it ends the reply, which stays in the conversation as far as it got; at
-the prompt it drops the line, and twice in a row it leaves. A reply is ended between two steps of the engine, never inside one.
+the prompt it drops the line, and twice in a row it leaves. A reply is ended between two steps of the engine, never inside one; a
+second Ctrl-C during the same reply doesn't wait for that, and so ends the program.
 """
 
 from __future__ import annotations
@@ -60,22 +61,26 @@ def _talk(terminal: Terminal, conversation: Conversation, interactive: bool) -> 
     while True:
         try:
             line = read_line(interactive)
-            interrupted = False
-            if line.startswith("/"):
-                terminal.note(conversation.obey(line))
-            elif line.strip():
-                reply(terminal, conversation, line)
         except KeyboardInterrupt:
             if interrupted:
                 break
             interrupted = True
             terminal.note("\nCtrl-C again, Ctrl-D or /exit leaves")
-        except (EOFError, Leave):
+            continue
+        except EOFError:
+            break
+        interrupted = False
+        try:
+            if line.startswith("/"):
+                terminal.note(conversation.obey(line))
+            elif line.strip():
+                reply(terminal, conversation, line)
+        except Leave:
             break
         except (RequestError, ConfigError, CapacityError) as error:
-            terminal.error(str(error))
             if not interactive:  # a script's next lines build on this one
                 raise
+            terminal.error(str(error))
     if interactive:
         terminal.note("")
 
@@ -99,7 +104,7 @@ def reply(terminal: Terminal, conversation: Conversation, message: str) -> None:
 
 @contextlib.contextmanager
 def ctrl_c_flag() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C only sets a flag; a second one interrupts as usual, in case a step takes for ever."""
+    """Inside, the first Ctrl-C only sets a flag; a second one interrupts as usual, in case a step takes too long."""
     pressed = False
 
     def handle(number: int, frame: FrameType | None) -> None:

@@ -14,6 +14,7 @@ from minfer.cli.command import command
 from minfer.cli.options import engine_flags
 from minfer.cli.terminal import Terminal, human_bytes
 from minfer.config import EngineConfig
+from minfer.errors import ModelLoadError
 
 if TYPE_CHECKING:
     from minfer.loader import Checkpoint
@@ -27,6 +28,8 @@ def inspect_model(terminal: Terminal, engine: EngineConfig) -> None:
     from minfer.loader import open_checkpoint, resolve_model
 
     here = engine.load_format == "dummy" or is_on_disk(engine.model)
+    if not here:
+        _refuse_quantised_twin(engine.model)
     source = resolve_model(engine.model, revision=engine.revision, load_format=engine.load_format if here else "dummy")
     values = {"model": engine.model, "on_disk": here and engine.load_format != "dummy", **describe(engine, open_checkpoint(source))}
     if not here:  # the stand-in's format and bytes are not the model's
@@ -37,6 +40,17 @@ def inspect_model(terminal: Terminal, engine: EngineConfig) -> None:
     if not here:
         terminal.note(f"{engine.model} is not on this machine; this is its shape, and running it would download it")
     terminal.table(_rows(values))
+
+
+def _refuse_quantised_twin(name: str) -> None:
+    from minfer.loader.names import find
+
+    known = find(name)
+    if known is not None and known[1] is not None:
+        plain = name.removesuffix(f"-{known[1]}")
+        raise ModelLoadError(
+            f"{name} is not on this machine, and only its file tells how it is quantised; `minfer inspect {plain}` shows the model's shape"
+        )
 
 
 def is_on_disk(name: str) -> bool:

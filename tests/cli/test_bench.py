@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from cli_flags import TINY
 
+import minfer as package
 from minfer.cli.measure import HOST_PARTS, Shape, measure, peak_memory
 
 SHAPE = ["--prompt-tokens", 24, "--output-tokens", 6, "--repeats", 2, "--warmup", 1]
@@ -84,8 +87,11 @@ def test_too_small_a_cache_is_said(minfer: Callable, tiny_llama: Path) -> None:
     assert "preempted" in ran.err
 
 
-def test_peak_memory_follows_an_allocation() -> None:
-    before = peak_memory()
-    block = bytearray(before + (64 << 20))
-    block[::4096] = b"x" * len(block[::4096])
-    assert peak_memory() >= before + (64 << 20)
+def test_peak_memory_is_this_process_own() -> None:
+    """A child that allocates 64 MiB reports that, and not what the large process that started it has used."""
+    code = "from minfer.cli.measure import peak_memory; a = peak_memory(); b = b'x' * (64 << 20); print(a, peak_memory())"
+    root = Path(package.__file__).parents[1]
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    before, after = map(int, ran.stdout.split())
+    assert 60 << 20 <= after - before <= 80 << 20
+    assert after < peak_memory()

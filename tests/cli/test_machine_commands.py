@@ -83,6 +83,9 @@ def test_inspect_errors(minfer: Callable, tmp_path: Path) -> None:
     ran = minfer("inspect", tmp_path, "--json")
     assert ran.code == 2
     assert "config.json" in ran.json["error"]["message"]
+    ran = minfer("inspect", "llama2-7b-awq")
+    assert ran.code == 2
+    assert "minfer inspect llama2-7b`" in ran.err
 
 
 def test_list(minfer: Callable, smollm2_gguf: Path) -> None:
