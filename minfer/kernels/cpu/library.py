@@ -39,7 +39,10 @@ class LibraryMissingError(MinferError):
 
 
 def find() -> Path | None:
-    """The library beside this file (source tree, wheel), else in site-packages (editable install)."""
+    """The library that MINFER_CPU_LIBRARY names (test builds), else the one beside this file (source tree, wheel), else the one
+    in site-packages (editable install)."""
+    if named := os.environ.get("MINFER_CPU_LIBRARY"):
+        return Path(named)
     folders = [Path(__file__).parent]
     folders += [Path(sysconfig.get_path(kind)) / "minfer" / "kernels" / "cpu" for kind in ("platlib", "purelib")]
     return next((folder / FILE_NAME for folder in folders if (folder / FILE_NAME).exists()), None)

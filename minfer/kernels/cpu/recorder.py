@@ -62,7 +62,7 @@ class StepRecorder:
         self._inputs = {getattr(batch, name).data_ptr(): len(_SIZES) + i for i, name in enumerate(_TENSORS)}
         self._buffers: list[_Buffer] = []
         self._calls: list[_Call] = []
-        self._held: dict[int, torch.Tensor] = {}
+        self._held: dict[int, torch.Tensor] = {}  # by address: weights, caches, tables
 
     def record(self, step: Callable[[], torch.Tensor]) -> CpuGraph:
         """Runs `step` with every op noted instead of computed. Raises ConfigError if it isn't recordable."""
@@ -86,8 +86,9 @@ class StepRecorder:
         return tensor
 
     def hold(self, tensor: torch.Tensor) -> None:
-        if self._buffer_at(tensor.data_ptr()) is None:
-            self._held[id(tensor)] = tensor
+        address = tensor.data_ptr()
+        if address not in self._held and self._buffer_at(address) is None:
+            self._held[address] = tensor
 
     def call(self, kernel: Kernel, values: Sequence[int | float]) -> None:
         call = _Call(kernel, list(values), [], [])
@@ -98,7 +99,7 @@ class StepRecorder:
                 call.variables.append((field, _SIZES.index(name)))
             elif kind == "ptr" and value in self._inputs:
                 call.variables.append((field, self._inputs[int(value)]))
-            elif kind == "ptr" and (buffer := self._buffer_at(int(value))) is not None:
+            elif kind == "ptr" and value not in self._held and (buffer := self._buffer_at(int(value))) is not None:
                 call.inside.append((field, buffer, int(value) - buffer.address))
                 buffer.first = len(self._calls) if buffer.first < 0 else buffer.first
                 buffer.last = len(self._calls)
@@ -173,6 +174,10 @@ class CpuGraph:
 
 class _OnlyViews(TorchDispatchMode):
     """Raises at any torch operation that would compute something."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch's hook for being skipped imports its compiler, which takes seconds; nothing is compiled here
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not func.is_view and func not in (torch.ops.aten.empty.memory_format, torch.ops.aten._unsafe_view.default):
