@@ -6,11 +6,15 @@ connection. Routes ask the slot for the engine at each request; until there is o
 
 from __future__ import annotations
 
+import logging
 import time
 
 from minfer.engine.async_llm import AsyncLLM
+from minfer.errors import EngineDeadError
 from minfer.server.errors import ApiError
 from minfer.server.options import ServerOptions
+
+logger = logging.getLogger("minfer.server")
 
 
 class ModelSlot:
@@ -55,6 +59,11 @@ class ModelSlot:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     async def abort_all(self) -> None:
-        if self._llm is not None and self._llm.is_running:
+        """Ends what is in flight; its readers get the end of it."""
+        if self._llm is None:
+            return
+        try:
             for request_id in list(self.running):
                 await self._llm.abort(request_id)
+        except EngineDeadError:
+            logger.info("nothing to abort: the engine is gone, and has told its readers")

@@ -33,6 +33,8 @@ def slow_load(config):
     return from_config(config)
 def slow_step(self):
     time.sleep(step_seconds)
+    if len(sys.argv) > 5:
+        self.core.step = None
     return step(self)
 Engine.from_config, Engine.step = slow_load, slow_step
 logging.basicConfig(level=logging.INFO)
@@ -45,10 +47,10 @@ except MinferError as error:
 
 
 class Process:
-    def __init__(self, model: Path | str, load_seconds: float = 0, step_seconds: float = 0, **options: Any) -> None:
+    def __init__(self, model: Path | str, load_seconds: float = 0, step_seconds: float = 0, broken: bool = False, **options: Any) -> None:
         options = {"port": 0, "served_model_name": "tiny", **options}
         self.lines: list[str] = []
-        arguments = [str(model), str(load_seconds), str(step_seconds), repr(options)]
+        arguments = [str(model), str(load_seconds), str(step_seconds), repr(options), *(["broken"] if broken else [])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self.process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
@@ -171,6 +173,14 @@ def test_a_model_that_can_not_be_loaded(start: Callable[..., Process], tmp_path:
     assert len(failure) == 1
     assert "nowhere" in failure[0]
     assert "Traceback" not in server.log
+
+
+def test_an_engine_that_dies_takes_the_server_with_it(start: Callable[..., Process], tiny_llama: Path) -> None:
+    server = start(tiny_llama, broken=True)
+    url = server.wait_for(r"(http://127.0.0.1:\d+)/v1\n")
+    assert httpx.post(url + COMPLETE, json={"prompt": "a"}, timeout=30).status_code == 503
+    assert httpx.get(f"{url}/health").json()["error"]["code"] == "engine_dead"
+    assert server.process.wait(30) == 3, "for a supervisor to see"
 
 
 def test_a_port_in_use(start: Callable[..., Process], tiny_llama: Path) -> None:
