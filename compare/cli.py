@@ -1,0 +1,185 @@
+"""`python -m compare`: the command line. Needs typer and rich (`pip install "minfer[cli]"`)."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from compare import machine
+from compare.engines import all_infos, info_of
+from compare.environments import clean as clean_engine
+from compare.environments import find_python, why_not
+from compare.environments import setup as setup_engine
+from compare.errors import CompareError
+from compare.report import write_reports
+from compare.report.console import print_run
+from compare.results import read_results
+from compare.session import Asked, run_session
+from compare.weights import MODELS
+from compare.workloads import WORKLOADS
+
+app = typer.Typer(help="The same workloads through minfer and its peers, in one run, on one machine.", no_args_is_help=False)
+console = Console(stderr=True)  # tables and progress; stdout is for --json
+
+DEFAULT_WORKLOADS = "latency,prefill,throughput"
+
+
+def main() -> None:
+    """Entry point: a mistake in what was asked is one sentence and exit status 2."""
+    try:
+        app()
+    except CompareError as error:
+        console.print(f"[red]error:[/] {error}", highlight=False)
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def compare(
+    context: typer.Context,
+    against: Annotated[str, typer.Option(help="Engines, by comma; ENGINE/PRECISION fixes one; openai=URL is any server; all.")] = "",
+    model: Annotated[str, typer.Option(help=f"{', '.join(MODELS)}, or an HF folder.")] = "smollm2-135m",
+    precision: Annotated[str, typer.Option(help="bf16, int8, int4, fp16, fp32, q4_1, ... by comma (default: bf16,int8,int4).")] = "",
+    workload: Annotated[str, typer.Option(help=f"By comma: {', '.join(WORKLOADS)}, or all.")] = DEFAULT_WORKLOADS,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads, pinned (0: every physical core).")] = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of every case.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    text: Annotated[
+        Path | None, typer.Option(help="Text for perplexity, such as WikiText-2's test split.", exists=True, dir_okay=False)
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 1,024 tokens that perplexity reads.")] = 32,
+    prompts: Annotated[int, typer.Option(min=1, max=100, help="Prompts of the quality workload.")] = 100,
+    limit: Annotated[float, typer.Option(min=1, help="Seconds that one cell may take.")] = 900,
+    scale: Annotated[float, typer.Option(min=0.001, max=1, help="Below 1: shorter and fewer requests, to try things out.")] = 1.0,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results (default: results/DATE-HOST).")] = None,
+    resume: Annotated[Path | None, typer.Option(help="A results folder: run what is missing there.", exists=True, file_okay=False)] = None,
+    here: Annotated[bool, typer.Option("--here", help="Use this interpreter for engines that it has.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Compare minfer with other engines, and write results.json, report.md and report.html."""
+    if context.invoked_subcommand is not None:
+        return
+    asked = Asked(
+        against=split(against),
+        model=model,
+        precisions=split(precision),
+        workloads=list(WORKLOADS) if workload == "all" else split(workload),
+        threads=threads,
+        repeats=repeats,
+        device=machine.detect_device() if device == "auto" else device,
+        text=text,
+        windows=windows,
+        prompts=prompts,
+        limit=limit,
+        scale=scale,
+        here=here,
+        command=shlex.join(["python", "-m", "compare", *sys.argv[1:]]),
+    )
+    folder = resume or out or Path("results") / f"{time.strftime('%Y-%m-%d')}-{machine.describe()['host']}"
+    finished = run_session(asked, folder, console, resume=resume is not None)
+    results = read_results(folder)
+    write_reports(results, folder)
+    print_run(results, console)
+    console.print(f"results, report.md and report.html are in {folder}", highlight=False)
+    if as_json:
+        print(json.dumps(results.as_json()))
+    if not finished:
+        raise typer.Exit(130)
+
+
+@app.command("list")
+def list_engines(
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Every engine known: what it can do, whether it is installed, and why not if it can't be here."""
+    device = machine.detect_device() if device == "auto" else device
+    rows = [engine_row(info.name, device) for info in all_infos()]
+    if as_json:
+        print(json.dumps({"device": device, "engines": rows}))
+        return
+    table = Table(title=f"engines on {device}", title_justify="left")
+    for column in ("engine", "state", "installed", "precisions", "batching", "logprobs", "note"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            row["state"],
+            "yes" if row["installed"] else "",
+            " ".join(row["precisions"]),
+            row["batching"],
+            "yes" if row["scores"] else "",
+            row["note"],
+        )
+    Console().print(table)
+
+
+@app.command()
+def setup(engines: Annotated[list[str], typer.Argument(help="Engines to install.")]) -> None:
+    """Make the isolated environment of one or more engines."""
+    device = machine.detect_device()
+    for name in engines:
+        python = setup_engine(info_of(name), device, lambda line: console.print(line, highlight=False))
+        console.print(f"{name}: ready, {python}", highlight=False)
+
+
+@app.command()
+def clean(
+    engines: Annotated[list[str], typer.Argument(help="Engines whose environment and converted weights go; all for every one.")],
+) -> None:
+    """Remove environments and converted weights."""
+    names = [i.name for i in all_infos()] if engines == ["all"] else [info_of(e).name for e in engines]
+    for name in names:
+        if clean_engine(name):
+            console.print(f"{name}: removed", highlight=False)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Results folders; several are merged and set side by side.", exists=True)],
+    out: Annotated[Path | None, typer.Option(help="Where to write (default: the first folder).")] = None,
+) -> None:
+    """Write report.md and report.html again from results; no engine is needed. Several runs are compared with each other."""
+    runs = [read_results(folder) for folder in folders]
+    target = out or folders[0]
+    target.mkdir(parents=True, exist_ok=True)
+    write_reports(runs[0], target, others=runs[1:])
+    for results in runs:
+        print_run(results, console)
+    console.print(f"report.md and report.html are in {target}", highlight=False)
+
+
+def engine_row(name: str, device: str) -> dict[str, Any]:
+    """One line of `list`: state is one of the four words that the README uses, with the reason in `note`."""
+    info = info_of(name)
+    reason = why_not(info, device)
+    if info.server:
+        state = "through its server"
+    elif reason is None:
+        state = "runs here"
+    elif info.devices() and device not in info.devices():
+        state = f"runs on {' and '.join(d.upper() for d in info.devices())} only"
+    else:
+        state = "cannot be installed"
+    return {
+        "name": info.name,
+        "title": info.title,
+        "url": info.url,
+        "state": state,
+        "installed": find_python(info, device, here=True) is not None if reason is None else False,
+        "precisions": list(info.precisions.get(device, ())),
+        "batching": info.batching if info.adapter else "",
+        "scores": info.scores,
+        "note": (info.reason or (reason or "")) if reason or info.reason else info.setting,
+    }
+
+
+def split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

@@ -1,0 +1,89 @@
+"""report.md: every table, every failure, and everything needed to do it again. Losses stand as plainly as wins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from compare.report import tables
+from compare.results import Results
+
+BEGIN, END = "<!-- compare:begin -->", "<!-- compare:end -->"
+
+
+def render_markdown(results: Results, others: Sequence[Results] = ()) -> str:
+    parts = [f"# minfer compare: {title(results)}", *_warnings(results), "## Summary", summary_table(results)]
+    for table in tables.case_tables(results):
+        parts += [f"## {table.title}", _case(table)]
+    if failed := tables.failures(results):
+        lines = [f"- **{label}**{f' {case}' if case else ''}: {reason}" for label, case, reason in failed]
+        parts += ["## What did not run, and why", "\n".join(lines)]
+    if others:
+        parts += ["## Runs side by side", grid(tables.merged_grid([results, *others]))]
+    parts += ["## How it was measured", method(results), "## Contenders", grid(tables.contenders_grid(results))]
+    return "\n\n".join(parts) + "\n"
+
+
+def title(results: Results) -> str:
+    meta = results.meta
+    return f"{meta['model']['name']} on {meta['machine'].get('cpu', meta['device'])}, {meta['started'][:10]}"
+
+
+def summary_table(results: Results) -> str:
+    """One line a contender, one column a case: the README's table."""
+    return grid(tables.summary_grid(results))
+
+
+def readme_block(results: Results, folder: str) -> str:
+    """What stands in the README between the two markers: the table, the machine, and how to get it again."""
+    meta = results.meta
+    intro = (
+        f"{meta['model']['name']}, {len(meta['cpus'])} threads of {meta['machine'].get('cpu', 'this machine')}, medians of "
+        f"{meta['options']['repeats']} interleaved repeats, {meta['started'][:10]}. Agreement: share of greedy tokens before the first "
+        f"difference from fp32 transformers. Spreads, rooflines, settings and failures: [{folder}/report.md]({folder}/report.md)."
+    )
+    return f"{BEGIN}\n{intro}\n\n{summary_table(results)}\n\nAgain: `{meta['command']}`\n{END}"
+
+
+def method(results: Results) -> str:
+    meta: dict[str, Any] = results.meta
+    machine = ", ".join(f"{k}: {v if not isinstance(v, list) else ' '.join(map(str, v))}" for k, v in meta["machine"].items())
+    top = ", ".join(f"{k} {v:.3g}" for k, v in meta["ceilings"].items()) or "not measured"
+    return "\n".join(
+        [
+            f"- Command: `{meta['command']}`",
+            f"- Machine: {machine}",
+            f"- Ceilings measured at the start: {top}; the column *of roofline* is each figure as a share of what they allow",
+            f"- Model: {meta['model']['name']}, weights {meta['model']['hash']} (sha-256), the same for every engine",
+            f"- CPUs: {meta['cpus']}, every engine pinned to them; {meta['options']['repeats']} repeats, engines in turns A B, B A; "
+            "warm-up outside the clock; prefix caching off except in shared-prefix",
+            "- Figures: median and its 95% bootstrap interval; *minfer against it* is the median ratio of paired repeats, above 1 when "
+            "minfer is better, and says *no clear difference* where the interval holds 1 or there are fewer than 3 pairs",
+            "- Times are taken where tokens reach the caller, token ids in and out; greedy, lengths forced. The rules: compare/PROTOCOL.md",
+        ]
+    )
+
+
+def grid(table: tables.Grid) -> str:
+    """A Markdown table; bars inside cells are escaped, line breaks become <br>."""
+    head, lines = table
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(c.replace("|", "\\|").replace("\n", "<br>") for c in row) + " |" for row in rows)
+
+
+def _case(table: tables.CaseTable) -> str:
+    head = ["engine / weights", "median [95%]", "n", "mean ± std", "of roofline", "minfer against it", "note"]
+    lines = []
+    for row in table.rows:
+        if row.spread is None:
+            lines.append([row.label, "–", "", "", "", "", row.note])
+            continue
+        s = row.spread
+        mean = f"{tables.number(s.mean)} ± {tables.number(s.std)}" if s.n > 1 else ""
+        share = f"{row.share:.0%}" if row.share is not None else ""
+        lines.append([row.label, tables.spread_text(s), str(s.n), mean, share, tables.ratio_text(row.ratio), row.note])
+    return grid((head, lines))
+
+
+def _warnings(results: Results) -> list[str]:
+    return [f"> **Warning:** {w}" for w in results.meta.get("warnings", [])]

@@ -1,0 +1,203 @@
+"""Runs the cells of a comparison, fairly: engines take turns in the order A B C, then C B A, and only one of them ever runs.
+
+A cell is one engine, one case, one repeat. An engine that fails a case isn't asked for its later repeats (the reason stands in
+the table); whatever else it can do is still run. Warm-up is outside the clock: a short form of the case, whenever an engine
+meets a case for the first time since it was loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from compare import quality
+from compare.errors import EngineFailure
+from compare.fleet import Fleet, Launch, start
+from compare.machine import busy_share
+from compare.measure import Numbers, summarise
+from compare.process import EngineProcess
+from compare.protocol import LoadOptions, Request, Trace
+from compare.results import Cell, Store
+from compare.roofline import Shape, bound
+from compare.weights import Weights
+from compare.workloads import Case, QualityText
+
+WARM_TOKENS, WARM_REQUESTS = 8, 8
+GATE = Case("gate", "agreement", "agreement", kind="quality", repeats=1)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contender that is ready to run."""
+
+    launch: Launch
+    precision: str
+    prefix_caching: bool
+    ids: bool = True
+    argument: str = ""
+
+
+@dataclass
+class Settings:
+    """What holds for the whole run."""
+
+    device: str
+    threads: int
+    repeats: int
+    limit: float
+    ceilings: dict[str, float]
+    text: QualityText = field(default_factory=QualityText)
+
+
+class Runner:
+    """`run` executes every cell that the store doesn't have. `progress(label, case, repeat)` is called before each."""
+
+    def __init__(
+        self,
+        entries: list[Entry],
+        cases: list[Case],
+        weights: Weights,
+        settings: Settings,
+        store: Store,
+        reference: quality.Reference | None,
+        progress: Callable[[str, str, int], None] = lambda *_: None,
+    ) -> None:
+        self.entries, self.weights, self.settings, self.store = entries, weights, settings, store
+        self.reference, self.progress = reference, progress
+        self.cases = ([GATE] if reference is not None and not any(c.workload == "quality" for c in cases) else []) + cases
+        self._shape = Shape.from_config(weights.config)
+        self._warm: set[tuple[int, str]] = set()
+
+    def cells(self) -> Iterable[tuple[Entry, Case, int]]:
+        """Every cell in the order of running: by workload, then repeat, then case, engines forwards and backwards in turn."""
+        for workload in dict.fromkeys(c.workload for c in self.cases):
+            cases = [c for c in self.cases if c.workload == workload]
+            for repeat in range(max(self._repeats(c) for c in cases)):
+                for case in cases:
+                    if repeat < self._repeats(case):
+                        for entry in self.entries if repeat % 2 == 0 else reversed(self.entries):
+                            yield entry, case, repeat
+
+    def run(self) -> None:
+        with Fleet(self.settings.limit) as fleet:
+            for entry, case, repeat in self.cells():
+                if self.store.done(entry.launch.label, case.key, repeat):
+                    continue
+                self.progress(entry.launch.label, case.key, repeat)
+                self.store.put(*self._cell(fleet, entry, case, repeat))
+
+    def _repeats(self, case: Case) -> int:
+        return case.repeats or self.settings.repeats
+
+    def _cell(self, fleet: Fleet, entry: Entry, case: Case, repeat: int) -> tuple[Cell, list[Trace]]:
+        label = entry.launch.label
+        cell = Cell(label, case.key, repeat, "failed", case.metric, higher_is_better=case.higher_is_better)
+        earlier = [c for c in self.store.results.cells_of(label, case.key) if c.status != "ok" and c.repeat < repeat]
+        if earlier:
+            cell.status, cell.reason = earlier[-1].status, earlier[-1].reason
+            return cell, []
+        traces: list[Trace] = []
+        try:
+            cell.busy = busy_share()
+            cell.numbers, traces = self._measure(fleet, entry, case)
+            cell.status = "ok"
+            weight_bytes = self.store.results.contenders[label].weight_bytes
+            cell.bound = bound(case, self._shape, self.settings.ceilings, weight_bytes, entry.precision)
+        except EngineFailure as failure:
+            cell.status = "unsupported" if failure.kind == "unsupported" else "failed"
+            cell.reason = f"{failure.kind}: {failure}" if cell.status == "failed" else str(failure)
+            if failure.kind in ("crash", "timeout", "invalid"):
+                fleet.drop(label)  # its state can't be trusted
+        except NotImplementedError as missing:
+            cell.status, cell.reason = "unsupported", str(missing)
+        return cell, traces
+
+    def _measure(self, fleet: Fleet, entry: Entry, case: Case) -> tuple[Numbers, list[Trace]]:
+        if case.prefix_caching and not entry.prefix_caching:
+            raise NotImplementedError("the engine (or its adapter) reuses no prefix")
+        if case.kind in ("load", "memory"):
+            return self._fresh(fleet, entry, case)
+        process, _ = fleet.use(entry.launch, self._options(entry, case), lambda facts: self._loaded(entry, facts))
+        try:
+            if case.kind == "quality":
+                return self._quality(process, entry, case), []
+            traces = self._timed(process, case)
+            return summarise(traces, case.slo), traces
+        finally:
+            process.pause()
+
+    def _timed(self, process: EngineProcess, case: Case) -> list[Trace]:
+        requests, vocab = list(case.requests), self.weights.vocab_size
+        if (id(process), case.key) not in self._warm:
+            process.generate(warm_up(case), self.settings.limit, vocab)
+            self._warm.add((id(process), case.key))
+        return process.generate(requests, self.settings.limit, vocab)
+
+    def _quality(self, process: EngineProcess, entry: Entry, case: Case) -> Numbers:
+        text, limit = self.settings.text, self.settings.limit
+        if case.name == "perplexity":
+            try:
+                return quality.text_perplexity(process, text, limit)
+            except ValueError as error:
+                raise EngineFailure("invalid", str(error)) from error
+        if self.reference is None:
+            raise NotImplementedError("there is no reference: transformers could not be set up")
+        if case.name == "next token":
+            return quality.divergence(process, text, self.reference, limit)
+        if not entry.ids:
+            raise NotImplementedError("it answers in text, so its token ids can't be compared")
+        if case is GATE:
+            text = QualityText(text.prompts[: quality.GATE_PROMPTS], [], min(text.max_tokens, quality.GATE_TOKENS))
+        return quality.agreement(process, text, self.reference, limit, self.weights.vocab_size)
+
+    def _fresh(self, fleet: Fleet, entry: Entry, case: Case) -> tuple[Numbers, list[Trace]]:
+        """Load time and memory, in a process of its own."""
+        fleet.drop(entry.launch.label)
+        with start(entry.launch) as process:
+            facts = process.load(entry.launch.model, self._options(entry, case), self.settings.limit)
+            self._loaded(entry, facts)
+            traces = process.generate(list(case.requests), self.settings.limit, self.weights.vocab_size)
+            memory = process.ask("memory", self.settings.limit)
+        numbers: Numbers = {"load_s": facts["load_s"] + traces[0].times[0], "peak_resident_bytes": float(memory["resident"])}
+        if memory["device"] is not None:
+            numbers["peak_device_bytes"] = float(memory["device"])
+        return numbers, traces
+
+    def _options(self, entry: Entry, case: Case) -> LoadOptions:
+        """Load options that fit every case of the workload, so that an engine is loaded once for it."""
+        together = [c for c in self.cases if c.workload == case.workload and c.prefix_caching == case.prefix_caching]
+        context = max(c.max_context for c in together)
+        if case.kind == "quality":
+            text = self.settings.text
+            context = max([len(p) + text.max_tokens for p in text.prompts] + [len(w) + 1 for w in text.windows])
+        return LoadOptions(
+            precision=entry.precision,
+            device=self.settings.device,
+            threads=self.settings.threads,
+            max_context=-(-(context + 1) // 64) * 64,
+            max_concurrency=8 if case.kind == "quality" else max(c.concurrency for c in together),
+            prefix_caching=case.prefix_caching,
+            vocab_size=self.weights.vocab_size,
+            eos_token_ids=self.weights.eos_token_ids,
+            argument=entry.argument,
+        )
+
+    def _loaded(self, entry: Entry, facts: dict[str, Any]) -> None:
+        contender = self.store.results.contenders[entry.launch.label]
+        contender.version, contender.flags = str(facts.get("version", "")), str(facts.get("flags", ""))
+        contender.weight_bytes, contender.load_s = int(facts["weight_bytes"]), float(facts["load_s"])
+
+
+def warm_up(case: Case) -> list[Request]:
+    """A short form of a case: its first requests, all at once, a few tokens each."""
+    return [replace(r, max_tokens=min(r.max_tokens, WARM_TOKENS), arrival=0.0) for r in case.requests[:WARM_REQUESTS]]
+
+
+def log_of(folder: Path, label: str) -> Path:
+    """Where a contender's own output goes: beside the results, for whoever wonders why it failed."""
+    with contextlib.suppress(OSError):
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+    return folder / "logs" / f"{label.replace('/', '-')}.log"
