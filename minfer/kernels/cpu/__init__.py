@@ -11,6 +11,7 @@ import torch
 from minfer.batch import Batch
 from minfer.errors import ConfigError
 from minfer.kernels.cpu.runtime import DTYPES, Runtime
+from minfer.kernels.cpu.weights import Activation, LinearKernels
 from minfer.kernels.ops import Backend, Weight
 from minfer.kvcache import LayerCache
 from minfer.quant import PackedWeight
@@ -24,8 +25,9 @@ class CpuBackend(Backend):
 
     name = "cpu"
 
-    def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
+    def __init__(self, threads: int | None = None, isa: str | None = None, activation: Activation = "int8") -> None:
         self.runtime = runtime = Runtime(threads, isa)
+        self.linear_kernels = LinearKernels(runtime, activation)
         self._rms_norm = runtime.op(
             "rms_norm",
             "ptr x, ptr residual, ptr weight, ptr out, ptr sum, int rows, int width, int x_stride, int residual_stride, int dtype, "
@@ -50,7 +52,7 @@ class CpuBackend(Backend):
         self._argmax = runtime.op("argmax", "ptr x, ptr out, int rows, int width, int x_stride, int dtype")
 
     def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
-        return "matrix products are not compiled yet"
+        return self.linear_kernels.prepare(weight, dtype)
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None

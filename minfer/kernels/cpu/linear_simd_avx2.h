@@ -8,7 +8,6 @@ namespace {
 
 constexpr int kTileRows = 3;  // 3 rows x 1 vector of two halves: what 16 registers hold
 constexpr int kTileVectors = 1;
-constexpr int kDirectRows = 2;
 
 struct Floats { __m256 a, b; };
 struct Ints { __m256i a, b; };
@@ -194,15 +193,18 @@ MINFER_INLINE int32_t largest(Ints x) {
   m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
   return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
 }
-MINFER_INLINE int32_t quantize(Floats x, float inverse, int8_t* out) {
+MINFER_INLINE int32_t sum_of(Ints x, Ints y) {
+  const __m256i all = _mm256_add_epi32(_mm256_add_epi32(x.a, x.b), _mm256_add_epi32(y.a, y.b));
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+MINFER_INLINE Ints quantize(Floats x, float inverse, int8_t* out) {
   const __m256 scale = _mm256_set1_ps(inverse);
   const __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(x.a, scale)), b = _mm256_cvtps_epi32(_mm256_mul_ps(x.b, scale));
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
   store128(out, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
-  const __m256i both = _mm256_add_epi32(a, b);
-  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
-  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+  return {a, b};
 }
 
 }  // namespace

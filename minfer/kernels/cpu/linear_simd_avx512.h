@@ -8,7 +8,6 @@ namespace {
 
 constexpr int kTileRows = 6;    // 6 rows x 2 vectors: 12 sums and 12 running dots in 32 registers
 constexpr int kTileVectors = 2;
-constexpr int kDirectRows = 4;  // up to here unpacking in registers at every use beats unpacking once into cache
 
 using Floats = __m512;
 using Ints = __m512i;
@@ -117,10 +116,11 @@ MINFER_INLINE Floats dot_brains(Floats sum, Brains w, int32_t pair) {
 MINFER_INLINE Ints abs_bits(Floats x) { return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)); }
 MINFER_INLINE Ints max_int(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
 MINFER_INLINE int32_t largest(Ints a) { return _mm512_reduce_max_epi32(a); }
-MINFER_INLINE int32_t quantize(Floats x, float inverse, int8_t* out) {
+MINFER_INLINE int32_t sum_of(Ints a, Ints b) { return _mm512_reduce_add_epi32(_mm512_add_epi32(a, b)); }
+MINFER_INLINE Ints quantize(Floats x, float inverse, int8_t* out) {
   const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(inverse)));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtsepi32_epi8(q));
-  return _mm512_reduce_add_epi32(q);
+  return q;
 }
 
 }  // namespace
