@@ -32,8 +32,9 @@ def load(folder: Path, **settings: Any) -> AsyncLLM:
 def running(model: AsyncLLM | ModelSlot, **options: Any) -> Iterator[httpx.Client]:
     """A client of a server that runs in a thread of this process."""
     settings = ServerOptions(port=0, **{"served_model_name": NAME, **options})
+    slot = model if isinstance(model, ModelSlot) else ModelSlot(model.config.model, settings, model)
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(model, settings), log_config=None, lifespan="off", timeout_graceful_shutdown=5)
+    config = uvicorn.Config(create_app(slot, settings), log_config=None, lifespan="off", timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
@@ -44,6 +45,7 @@ def running(model: AsyncLLM | ModelSlot, **options: Any) -> Iterator[httpx.Clien
         server.should_exit = True
         thread.join(20)
     assert not thread.is_alive(), "the server did not stop"
+    assert not slot.running, "requests that ended are still on the list"
 
 
 def wait_until_free(llm: AsyncLLM, seconds: float = 5.0) -> None:
