@@ -116,7 +116,8 @@ RowFormat format_of(const QuantizedWeight& w, int64_t dtype) {
 Rows prepare(const LinearQuantizedArgs& args, Pool& pool) {
   const QuantizedWeight& w = *args.weight;
   const int64_t value_bytes = w.value_dtype == kInt8 ? 1 : size_of(w.value_dtype);
-  const int64_t stride = round_up(w.k * value_bytes, 64), stats_stride = w.k / kGroup;
+  // Whole cache lines, and one more: rows a power of two apart would all compete for the same places in a cache.
+  const int64_t stride = round_up(w.k * value_bytes, 64) + 64, stats_stride = w.k / kGroup;
   char* values = static_cast<char*>(
       pool.shared_scratch(args.rows * (stride + stats_stride * static_cast<int64_t>(sizeof(GroupStats)))));
   GroupStats* stats = reinterpret_cast<GroupStats*>(values + args.rows * stride);

@@ -51,7 +51,9 @@ MINFER_INLINE GroupStats quantize_group(const char* x, int64_t dtype, int32_t of
   const float inverse = most > 1e-30f ? 127.0f / most : 0.0f, scale = most * (1.0f / 127.0f);
   const Ints a = quantize(first, inverse, out), b = quantize(second, inverse, out + kVector);
   const int32_t sum = sum_of(a, b);
-  return {scale, scale * static_cast<float>(sum), -offset * sum};
+  // Unsigned: sums of the integers that NaN turns into wrap around, harmlessly.
+  const uint32_t correction = 0u - static_cast<uint32_t>(offset) * static_cast<uint32_t>(sum);
+  return {scale, scale * static_cast<float>(sum), static_cast<int32_t>(correction)};
 }
 
 // The sum of a group as the float paths use it: one order, whatever the tile.

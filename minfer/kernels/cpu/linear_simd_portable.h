@@ -115,8 +115,9 @@ struct Dots<4> {
   MINFER_INLINE void start(int32_t) { sums = Words{}; }
   MINFER_INLINE void step(Bytes codes, int32_t x) {
     const UWords w = bits_as<UWords>(codes);
-    const Ints even = (Ints{} + (x << 24 >> 24 & 0xffff)) | (Ints{} + (x << 8 >> 24 << 16));
-    const Ints odd = (Ints{} + (x << 16 >> 24 & 0xffff)) | (Ints{} + (x >> 24 << 16));
+    int8_t q[4];
+    std::memcpy(q, &x, 4);
+    const Ints even = Ints{} + (q[0] & 0xffff) + q[2] * 0x10000, odd = Ints{} + (q[1] & 0xffff) + q[3] * 0x10000;
     sums += bits_as<Words>(w & 0xff) * bits_as<Words>(even) + bits_as<Words>(w >> 8) * bits_as<Words>(odd);
   }
   MINFER_INLINE Ints total(int32_t correction) const {
@@ -131,8 +132,9 @@ struct Dots<8> {
   MINFER_INLINE void start(int32_t correction) { sums = Ints{} + correction; }
   MINFER_INLINE void step(Bytes codes, int32_t x) {
     const Ints w = bits_as<Ints>(codes);
-    sums += (w & 255) * (x << 24 >> 24) + (w >> 8 & 255) * (x << 16 >> 24) + (w >> 16 & 255) * (x << 8 >> 24) +
-            (w >> 24 & 255) * (x >> 24);
+    int8_t q[4];
+    std::memcpy(q, &x, 4);
+    sums += (w & 255) * q[0] + (w >> 8 & 255) * q[1] + (w >> 16 & 255) * q[2] + (w >> 24 & 255) * q[3];
   }
   MINFER_INLINE Ints total(int32_t) const { return sums; }
 };
