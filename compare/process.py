@@ -107,6 +107,8 @@ class EngineProcess:
         """Stops every process of the engine's group until the next question."""
         if self.alive and not self._stopped:
             os.killpg(self._process.pid, signal.SIGSTOP)
+            # A signal takes a moment; the next engine must not start before this one has really stopped (or died).
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
             self._stopped = True
 
     def resume(self) -> None:
