@@ -74,7 +74,7 @@ class SamplingParams:
         self._check_float("top_p", 0.0, 1.0, open_low=True)
         self._check_float("min_p", 0.0, 1.0)
         self._check_float("typical_p", 0.0, 1.0, open_low=True)
-        self._check_float("repetition_penalty", 0.0, 100.0, open_low=True)
+        self._check_float("repetition_penalty", 0.01, 100.0)  # far below, logits overflow
         self._check_float("presence_penalty", -2.0, 2.0)
         self._check_float("frequency_penalty", -2.0, 2.0)
         if self.seed is not None:

@@ -25,7 +25,7 @@ def load_llm(terminal: Terminal, config: EngineConfig) -> tuple[LLM, dict[str, f
 
         phases = {"import": time.perf_counter() - started}
         llm = LLM(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
-    phases |= llm.engine.core.loaded.phase_seconds
+    phases |= llm.engine.core.loaded.phases.seconds
     phases["total"] = time.perf_counter() - started
     parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.items() if name != "total")
     terminal.note(f"loaded {config.model} in {phases['total']:.2f} s ({parts})")

@@ -8,7 +8,7 @@ the model left behind can't be trusted, and a supervisor that restarts the proce
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 
 from minfer.config import EngineConfig
@@ -37,13 +37,13 @@ class Engine:
         self._death: BaseException | None = None
 
     @classmethod
-    def from_config(cls, config: EngineConfig) -> Engine:
-        """Loads model and tokenizer. Raises ModelLoadError, ConfigError or CapacityError."""
-        loaded = load_model(config)
-        started = time.perf_counter()
-        tokenizer = load_tokenizer(config, loaded)
-        loaded.phase_seconds["tokenizer"] = time.perf_counter() - started
-        return cls(loaded, tokenizer)
+    def from_config(cls, config: EngineConfig, on_phase: Callable[[str], None] = lambda name: None) -> Engine:
+        """Loads model and tokenizer, telling `on_phase` what it is at. Raises ModelLoadError, ConfigError or CapacityError."""
+        loaded = load_model(config, on_phase)
+        with loaded.phases("read tokenizer"):
+            tokenizer = load_tokenizer(config, loaded)
+        with loaded.phases("record step" if config.graphs else "set up"):
+            return cls(loaded, tokenizer)
 
     @property
     def dead(self) -> bool:

@@ -128,8 +128,11 @@ class OutputProcessor:
             sequence.logprobs.append(self._position(output.logprobs))
             sequence.cumulative_logprob = (sequence.cumulative_logprob or 0.0) + output.logprobs.logprob
         self._say(sequence, output.token_id)
-        if sequence.stops.matched is not None and not request.finished:
-            finish(request, "stop", sequence.stops.matched)
+        if sequence.stops.matched is not None:
+            if request.finished:  # by the same token that ran into max_tokens: the text is complete, so it was a stop
+                request.finish_reason, request.stop_reason = "stop", sequence.stops.matched
+            else:
+                finish(request, "stop", sequence.stops.matched)
         if request.finished:
             self._close(group, sequence)
 

@@ -7,6 +7,7 @@ import logging
 
 import torch
 
+from minfer.config import Activations
 from minfer.errors import ConfigError
 from minfer.kernels.ops import Backend, Ops, Weight
 from minfer.kernels.reference import ReferenceBackend
@@ -17,10 +18,13 @@ logger = logging.getLogger("minfer.kernels")
 BACKENDS = ("auto", "cpu", "reference")
 
 
-def select_ops(device: torch.device, dtype: torch.dtype, backend: str = "auto", threads: int | None = None) -> Ops:
+def select_ops(
+    device: torch.device, dtype: torch.dtype, backend: str = "auto", threads: int | None = None, activations: Activations = "auto"
+) -> Ops:
     """The table for one engine. `auto` lists every backend that fits the device, fastest first; a name takes that one only.
 
-    `threads` bounds what a CPU backend uses; torch's own pool is one per process and is set only when asked.
+    `threads` bounds what a CPU backend uses. torch has one pool for the whole process: it gets that number where torch does the
+    work, and one thread where the compiled kernels do it with a pool of their own, or the two would fight for the cores.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
@@ -35,7 +39,8 @@ def select_ops(device: torch.device, dtype: torch.dtype, backend: str = "auto", 
 
     if device.type == "cpu" and dtype in FLOATS:
         try:
-            backends.append(CpuBackend(threads))
+            backends.append(CpuBackend(threads, activation="none" if activations == "none" else "int8"))
+            torch.set_num_threads(1)
         except LibraryMissingError as error:
             if backend == "cpu":
                 raise ConfigError(f"backend cpu can't be used: {error}") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,21 @@ from minfer.runner.memory import num_kv_blocks
 logger = logging.getLogger("minfer.load")
 
 
+class PhaseTimer:
+    """`with phases("read weights"):` announces the phase and remembers its seconds."""
+
+    def __init__(self, on_phase: Callable[[str], None]) -> None:
+        self.seconds: dict[str, float] = {}
+        self._on_phase = on_phase
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._on_phase(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """`config` is the user's with every `auto` and None that loading decides filled in."""
@@ -38,7 +53,7 @@ class LoadedModel:
     ops: Ops
     cache: KVCache
     device: torch.device
-    phase_seconds: dict[str, float]
+    phases: PhaseTimer
 
     @property
     def max_model_len(self) -> int:
@@ -46,25 +61,28 @@ class LoadedModel:
         return self.config.max_model_len
 
 
-def load_model(config: EngineConfig) -> LoadedModel:
-    """Raises ModelLoadError, ConfigError or CapacityError, each before more work is done than was needed to know."""
-    phases: dict[str, float] = {}
-    with _timed(phases, "resolve"):
+def load_model(config: EngineConfig, on_phase: Callable[[str], None] = lambda name: None) -> LoadedModel:
+    """Raises ModelLoadError, ConfigError or CapacityError, each before more work is done than was needed to know.
+
+    `on_phase` is told the name of each phase as it begins.
+    """
+    phases = PhaseTimer(on_phase)
+    with phases("resolve"):
         checkpoint = open_checkpoint(resolve_model(config.model, revision=config.revision, load_format=config.load_format))
         model_config = checkpoint.config
         device = pick_device(config)
         dtype = pick_dtype(config, checkpoint, device)
         max_len = pick_max_len(config, model_config)
-        ops = select_ops(device, dtype, config.backend, config.threads)
-    with _timed(phases, "read weights"), torch.inference_mode():
+        ops = select_ops(device, dtype, config.backend, config.threads, config.activations)
+    with phases("read weights"), torch.inference_mode():
         model = create_model(model_config, ops, max_len, device)
         load_weights(model, checkpoint.tensors(keep_packed=config.quant == "auto"))
-    with _timed(phases, "size KV cache"):
+    with phases("size KV cache"):
         blocks = num_kv_blocks(config, model_config, max_len, dtype, device)
         cache = KVCache(model_config, blocks, config.block_size, dtype, device)
     names: dict[str, Any] = {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
     resolved = dataclasses.replace(config, max_model_len=max_len, **names)
-    logger.info("loaded %s: %s", config.model, ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.items()))
+    logger.info("loaded %s: %s", config.model, ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.seconds.items()))
     return LoadedModel(resolved, model_config, checkpoint, model, ops, cache, device, phases)
 
 
@@ -93,10 +111,3 @@ def pick_max_len(config: EngineConfig, model: ModelConfig) -> int:
     if config.max_model_len > trained:
         raise ConfigError(f"max_model_len={config.max_model_len} is more than the {trained} tokens this model was made for")
     return config.max_model_len
-
-
-@contextmanager
-def _timed(phases: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    phases[name] = time.perf_counter() - start

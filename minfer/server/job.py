@@ -94,10 +94,7 @@ def _apply_template(llm: AsyncLLM, request: ChatCompletionRequest) -> TokenizedP
     continues = bool(request.continue_final_message)
     # Going on with a message rules out opening a new one, so that is not what silence means then.
     opens = not continues if request.add_generation_prompt is None else request.add_generation_prompt
-    try:
-        ids = llm.tokenizer.apply_chat_template(request.messages, add_generation_prompt=opens, continue_final_message=continues, **options)
-    except RecursionError as error:
-        raise RequestError("the messages or chat_template_kwargs are nested too deeply", param="messages") from error
+    ids = llm.tokenizer.apply_chat_template(request.messages, add_generation_prompt=opens, continue_final_message=continues, **options)
     return TokenizedPrompt(None, llm.engine.inputs.tokenize(ids)[1])
 
 

@@ -127,7 +127,7 @@ class GenerationRequest(_Body):
     top_p: float | None = None
     min_p: float | None = None
     typical_p: float | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01)] | None = None  # below, logits overflow and the request fails on NaN
+    repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None

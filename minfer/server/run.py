@@ -72,7 +72,7 @@ def run_server(config: EngineConfig, options: ServerOptions) -> None:
 
 def _load(slot: ModelSlot, config: EngineConfig) -> None:
     try:
-        slot.fill(AsyncLLM(Engine.from_config(config)))
+        slot.fill(AsyncLLM(Engine.from_config(config, slot.enter_phase)))
     except Exception as error:
         slot.fail(error)
 

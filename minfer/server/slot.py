@@ -31,6 +31,10 @@ class ModelSlot:
         self._llm = llm
         self._started = time.monotonic()
 
+    def enter_phase(self, name: str) -> None:
+        """What the loading thread is at, for those who ask meanwhile."""
+        self.phase = f"loading the model ({name})"
+
     @property
     def llm(self) -> AsyncLLM | None:
         return self._llm

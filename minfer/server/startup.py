@@ -25,13 +25,13 @@ def first_screen(slot: ModelSlot, llm: AsyncLLM, options: ServerOptions, port: i
     max_len, block_size = engine.inputs.max_model_len, llm.config.block_size
     fits = loaded.cache.num_blocks // -(-max_len // block_size)
     auth = "" if options.api_key is None else " -H 'authorization: Bearer YOUR_KEY'"
-    phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in loaded.phase_seconds.items())
+    phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in loaded.phases.seconds.items())
     body = f'{{"model": "{slot.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     key = "needed on all routes but /health" if options.api_key is not None else "none"
     warning = exposure_warning(options)
     lines = [
         f"minfer serves {slot.name} at {url}/v1",
-        f"  loaded    {phases}; {sum(loaded.phase_seconds.values()):.2f} s in all",
+        f"  loaded    {phases}; {sum(loaded.phases.seconds.values()):.2f} s in all",
         f"  runs on   {llm.config.device}, {llm.config.dtype}",
         f"  context   {max_len} tokens; {fits} requests of full length fit at the same time",
         f"  API key   {key}",

@@ -162,17 +162,19 @@ class Tokenizer:
         if continue_final_message and add_generation_prompt:
             reason = "add_generation_prompt and continue_final_message exclude each other: one opens a turn, the other goes on with one."
             raise RequestError(reason, param="continue_final_message")
-        plain = chat.normalise_messages(messages, self._specials.values())
-        if continue_final_message:
-            end = chat.open_final_message(plain)
-        marked: list[Any] = [{**marker.mark(message), "role": message["role"]} for message in plain]
-        variables = {
-            **self._source.special_texts,
-            "messages": marked,
-            "tools": marker.mark(tools),
-            "add_generation_prompt": add_generation_prompt,
-        }
-        text = self._templates.render(template, variables, marker.mark(template_options))
+        try:
+            plain = chat.normalise_messages(messages, self._specials.values())
+            end = chat.open_final_message(plain) if continue_final_message else ""
+            marked: list[Any] = [{**marker.mark(message), "role": message["role"]} for message in plain]
+            variables = {
+                **self._source.special_texts,
+                "messages": marked,
+                "tools": marker.mark(tools),
+                "add_generation_prompt": add_generation_prompt,
+            }
+            text = self._templates.render(template, variables, marker.mark(template_options))
+        except RecursionError as error:
+            raise RequestError("the messages, tools or template options are nested too deeply", param="messages") from error
         return chat.cut_at(text, end) if continue_final_message else text
 
     def _text_encoder(self) -> TextOnlyEncoder:
