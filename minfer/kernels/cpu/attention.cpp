@@ -88,6 +88,7 @@ struct Attention {
     int64_t first, count;   // keys
     Word* k;                // [kTile, words], only where the cache can't be read as it is
     const char* keys[kTile];
+    const C* values[kTile];
     Word* v;                // [kTile / kStep, channels]
   };
 
@@ -98,33 +99,55 @@ struct Attention {
 
   static constexpr bool kReadsCache = kStep * sizeof(C) == sizeof(Word);
 
-  // Asks for a tile's keys and values ahead of use: blocks lie anywhere, too short for the hardware to guess the next.
-  void prefetch_tile(const Head& head, int64_t first) const {
-    const int64_t end = smaller(first + kTile, head.seq_len);
-    for (int64_t key = first; key < end;) {
-      const int64_t within = key % a.block_size, keys = smaller(a.block_size - within, end - key);
-      const int64_t offset = head.block_offset(key / a.block_size) + within * a.dim, bytes = keys * a.dim * sizeof(C);
-      const char* k = reinterpret_cast<const char*>(static_cast<const C*>(a.k_cache) + offset);
-      const char* v = reinterpret_cast<const char*>(static_cast<const C*>(a.v_cache) + offset);
-      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(k + byte, 0, 2);
-      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(v + byte, 0, 2);
-      key += keys;
+  // Asks for the rows of a tile a few at a time, between the work on another: blocks lie anywhere in memory, in runs too
+  // short for the hardware to guess the next, and all at once would only stand in the way of the loads that are due.
+  struct Ahead {
+    const Head* head = nullptr;
+    const C* cache = nullptr;
+    int64_t key = 0, end = 0;
+    const char* row = nullptr;  // where `key` lies, once its block was looked up
+    int64_t left = 0;           // keys up to the end of that block
+
+    void rows(int64_t count) {
+      const AttentionArgs& a = head->a;
+      const int64_t bytes = a.dim * static_cast<int64_t>(sizeof(C));
+      for (; count > 0 && key < end; --count, ++key, --left, row += bytes) {
+        if (left == 0) {
+          const int64_t within = key % a.block_size;
+          row = reinterpret_cast<const char*>(cache + head->block_offset(key / a.block_size) + within * a.dim);
+          left = a.block_size - within;
+        }
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte);
+      }
     }
+  };
+
+  Ahead ahead(const Head& head, const void* cache, int64_t first) const {
+    Ahead ahead;
+    ahead.head = &head;
+    ahead.cache = static_cast<const C*>(cache);
+    ahead.key = first;
+    ahead.end = smaller(first + kTile, head.seq_len);
+    return ahead;
   }
 
   void read_tile(const Head& head, int64_t first, Tile& tile) const {
+    read_keys(head, first, tile);
+    read_values(tile, ahead(head, a.k_cache, head.seq_len));
+  }
+
+  void read_keys(const Head& head, int64_t first, Tile& tile) const {
     tile.first = first;
     tile.count = smaller(kTile, head.seq_len - first);
     const C* k_cache = static_cast<const C*>(a.k_cache);
     const C* v_cache = static_cast<const C*>(a.v_cache);
-    const C* values[kTile];
     int64_t block = first / a.block_size, within = first % a.block_size, offset = head.block_offset(block) + within * a.dim;
     for (int64_t j = 0; j < tile.count; ++j, ++within, offset += a.dim) {
       if (within == a.block_size) {
         within = 0;
         offset = head.block_offset(++block);
       }
-      values[j] = v_cache + offset;
+      tile.values[j] = v_cache + offset;
       if (kReadsCache) {
         tile.keys[j] = reinterpret_cast<const char*>(k_cache + offset);
       } else {
@@ -134,10 +157,14 @@ struct Attention {
     }
     // Whole vectors and micro-kernel rows read past the last key; what they read is masked or dropped, but must be there.
     for (int64_t j = tile.count; j < kTile; ++j) tile.keys[j] = tile.keys[0];
+  }
+
+  void read_values(Tile& tile, Ahead next) const {
     alignas(64) static const C zeros[1024] = {};
     for (int64_t j = 0; j < tile.count; j += kStep) {
+      next.rows(kStep);
       Word* out = tile.v + j / kStep * channels;
-      Words::from_keys(values[j], j + 1 < tile.count ? values[j + 1] : zeros, a.dim, out);
+      Words::from_keys(tile.values[j], j + 1 < tile.count ? tile.values[j + 1] : zeros, a.dim, out);
       for (int64_t d = a.dim; d < channels; ++d) out[d] = 0;
     }
   }
@@ -190,11 +217,13 @@ struct Attention {
   void few_rows(const Head& head, int64_t first, int64_t count, int64_t tiles, float* out, FewRows& w) const {
     const int64_t rows = head.rows();
     for (int64_t row = 0; row < kFewRows; ++row) Words::from_row(query(head, smaller(row, rows - 1)), a.dim, w.q + row * words);
-    prefetch_tile(head, first * kTile);
     for (int64_t t = first; t < first + count; ++t) {
-      read_tile(head, t * kTile, w.tile);
-      if (t + 1 < first + count) prefetch_tile(head, (t + 1) * kTile);
-      for (int64_t j = 0; j < w.tile.count; j += kLanes) transpose(w.tile.keys + j, words, w.k + j, kTile);
+      read_keys(head, t * kTile, w.tile);
+      Ahead values = ahead(head, a.v_cache, t * kTile);
+      for (int64_t j = 0; j < w.tile.count; j += kLanes) {
+        values.rows(kLanes);
+        transpose(w.tile.keys + j, words, w.k + j, kTile);
+      }
       switch (rows) {
         case 1: tile_of_rows<1>(w); break;
         case 2: tile_of_rows<2>(w); break;
@@ -203,6 +232,7 @@ struct Attention {
         default: tile_of_rows<8>(w);
       }
       for (int64_t row = 0; row < rows; ++row) softmax_row(head, row, w, out + (row * tiles + t) * partial_floats());
+      read_values(w.tile, ahead(head, a.k_cache, (t + 1 < first + count ? t + 1 : tiles) * kTile));
       values_of_rows(rows, w, out + t * partial_floats() + sizeof(Partial) / sizeof(float), tiles * partial_floats());
     }
   }
@@ -433,8 +463,9 @@ struct Attention {
         floats += context * a.kv_heads * head.rows() * partial_floats();
       }
     }
-    // Few rows: about eight pieces of work a thread, so that a slow one can be made up for.
-    const int64_t tiles_per_item = larger(1, tiles / (8 * pool.workers()));
+    // Few rows: some pieces of work for each thread, so that a slow one can be made up for, but each of several tiles, so
+    // that one tile's memory can be asked for while another is computed.
+    const int64_t tiles_per_item = larger(1, tiles / (3 * pool.workers()));
     Carver carver{static_cast<char*>(pool.shared_scratch(round_up((items + tiles + 64) * sizeof(Item), 64) + floats * 4))};
     Item* list = carver.take<Item>(items + tiles);
     float* partials = carver.take<float>(floats);
