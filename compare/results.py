@@ -113,7 +113,8 @@ class Store:
         return cls(folder, read_results(folder))
 
     def done(self, engine: str, case: str, repeat: int) -> bool:
-        return any(c.repeat == repeat and c.status == "ok" for c in self.results.cells_of(engine, case))
+        """Whether a cell need not be run: it succeeded, or the engine can't do such a thing at all."""
+        return any(c.repeat == repeat and c.status in ("ok", "unsupported") for c in self.results.cells_of(engine, case))
 
     def put(self, cell: Cell, traces: Sequence[Trace] = ()) -> None:
         """Keeps a cell, in place of an earlier try at the same one."""

@@ -57,7 +57,7 @@ def run_session(asked: Asked, folder: Path, console: Console, *, resume: bool) -
     if resume and store.results.meta.get("model", {}).get("hash") not in (None, weights.hash):
         raise CompareError(f"{folder} holds results of other weights; --resume needs the same model")
     try:
-        store.results.meta.update(_meta(asked, weights, cpus, say))
+        store.results.meta.update(_meta(asked, weights, cpus, store.results.meta.get("ceilings", {}), say))
         store.save()
         entries = _prepare(rows, weights, asked, cpus, store, folder, say)
         text = _quality_text(source, asked) if weights.real else workloads.QualityText()
@@ -105,14 +105,15 @@ def _quality_text(source: workloads.Source, asked: Asked) -> workloads.QualityTe
     return workloads.quality_text(source, asked.text, asked.prompts, asked.windows, source.scaled(64, 8))
 
 
-def _meta(asked: Asked, weights: Weights, cpus: tuple[int, ...], say: Callable[[str], None]) -> dict[str, Any]:
-    say("measuring what this machine can do")
+def _meta(asked: Asked, weights: Weights, cpus: tuple[int, ...], known: dict[str, float], say: Callable[[str], None]) -> dict[str, Any]:
+    """known: ceilings of the run that is resumed, so that one run is judged by one roofline."""
+    say("looking at the machine")
     facts, busy = machine.describe(), machine.busy_share(1.0)
     warnings = []
     if busy is not None and busy > machine.BUSY:
         warnings.append(f"the machine was {busy:.0%} busy with something else when the run began; its figures are not to be trusted")
         say(f"warning: {warnings[-1]}")
-    ceilings = machine.ceilings(len(cpus), asked.device)
+    ceilings = known or machine.ceilings(len(cpus), asked.device)
     if not ceilings:
         warnings.append("no C++ compiler was found, so memory bandwidth and peak operations are unknown and no roofline is shown")
     if not weights.real:

@@ -28,7 +28,7 @@ overflow-wrap:anywhere}
 figure,.scroll{margin:12px 0;padding:14px 16px;background:var(--card);border:1px solid var(--line);border-radius:10px;overflow-x:auto}
 .warning{border-left:4px solid var(--warn);padding:8px 14px;background:var(--card);border-radius:4px}
 table{border-collapse:collapse;width:100%;font-size:13.5px;font-variant-numeric:tabular-nums}
-th{font-weight:600;text-align:right;color:var(--soft);vertical-align:bottom}td{text-align:right}
+th{font-weight:600;text-align:right;color:var(--soft);vertical-align:bottom}td{text-align:right;white-space:nowrap}td.text{white-space:normal}
 th,td{padding:6px 10px;border-bottom:1px solid var(--line)}th:first-child,td:first-child,td.text,th.text{text-align:left}
 tr:last-child td{border-bottom:0}tr.ours td{font-weight:600}tr.none td{color:var(--soft)}tr.bad td{color:var(--warn)}
 svg{width:100%;height:auto;display:block;min-width:560px}svg text{font:12.5px system-ui,"DejaVu Sans",sans-serif;fill:var(--ink)}
@@ -128,10 +128,10 @@ def _case_rows(table: tables.CaseTable) -> str:
 def _concurrency(results: Results) -> list[svg.Line]:
     keys = [k for k in results.cases() if k.startswith("decode-sweep/")]
     found = []
-    for label in results.contenders:
+    for colour, label in enumerate(results.contenders):
         points = [(float(k.split()[-1]), v) for k in keys if (v := tables.figure(results, label, k)) is not None]
         if len(points) > 1:
-            found.append(svg.Line(label, sorted(points), label.startswith("minfer")))
+            found.append(svg.Line(label, sorted(points), colour, label.startswith("minfer")))
     return found
 
 
@@ -147,23 +147,24 @@ def _latency_distribution(results: Results, folder: Path) -> list[svg.Line]:
                 for trace in record["traces"]:
                     gaps.setdefault(record["engine"], []).extend(us / 1000 for us in trace["us"][1:])
     shares = [*range(0, 100, 2), 99]
+    order = list(results.contenders)
     return [
-        svg.Line(label, [(max(percentile(v, q), 1e-3), q / 100) for q in shares], label.startswith("minfer"))
+        svg.Line(label, [(max(percentile(v, q), 1e-3), q / 100) for q in shares], order.index(label), label.startswith("minfer"))
         for label, v in gaps.items()
         if len(v) > 1
     ]
 
 
-def _quality_speed(results: Results) -> tuple[list[tuple[str, float, float]], str]:
+def _quality_speed(results: Results) -> tuple[list[tuple[str, float, float, int]], str]:
     """The best measure of quality that the run has: perplexity, then KL, then agreement."""
     speed = next((k for k in ("latency/batch 1", "decode-sweep/batch 1") if k in results.cases()), None)
     for key, name in (("quality/perplexity", "perplexity"), ("quality/next token", "KL to fp32"), ("quality/agreement", "agreement")):
         dots = []
-        for label in results.contenders:
+        for colour, label in enumerate(results.contenders):
             x = tables.figure(results, label, speed) if speed else None
             y = tables.figure(results, label, key)
             if x is not None and y is not None:
-                dots.append((label, x, y))
+                dots.append((label, x, y, colour))
         if len(dots) > 1:
             return dots, name
     return [], ""

@@ -31,14 +31,17 @@ class Bar:
 
 @dataclass(frozen=True)
 class Line:
+    """A series; `colour` is its contender's number, the same in every plot."""
+
     label: str
     points: list[tuple[float, float]]
+    colour: int = 0
     ours: bool = False
 
 
 def bars(items: Sequence[Bar], unit: str) -> str:
     """Bars from zero, so that lengths compare; the whisker is the 95% interval of the median."""
-    left, right, step = 190, 110, 30
+    left, right, step = 170, 170, 30
     top = max((max(i.high, i.value) for i in items), default=1.0) or 1.0
     height = step * len(items) + 8
     room = WIDTH - left - right
@@ -78,7 +81,7 @@ def lines(items: Sequence[Line], x_name: str, y_name: str, *, log_x: bool = Fals
     parts = [_grid(scale_x, scale_y, left, WIDTH - right, top, height - bottom, x_name, y_name, height)]
     for index, item in enumerate(items):
         path = " ".join(f"{'M' if i == 0 else 'L'}{scale_x(a):.1f} {scale_y(b):.1f}" for i, (a, b) in enumerate(item.points))
-        shade = f"series-{index % SERIES}" + (" ours-line" if item.ours else "")
+        shade = f"series-{item.colour % SERIES}" + (" ours-line" if item.ours else "")
         parts.append(f'<g class="{shade}"><title>{escape(item.label)}</title><path d="{path}" class="line"/>')
         if not steps:
             for a, b in item.points:
@@ -92,7 +95,7 @@ def lines(items: Sequence[Line], x_name: str, y_name: str, *, log_x: bool = Fals
     return _svg(height, "".join(parts), f"{y_name} against {x_name}")
 
 
-def scatter(items: Sequence[tuple[str, float, float]], x_name: str, y_name: str) -> str:
+def scatter(items: Sequence[tuple[str, float, float, int]], x_name: str, y_name: str) -> str:
     """Labelled dots."""
     left, right, top, bottom, height = 70, 150, 18, 46, 340
     if not items:
@@ -103,13 +106,13 @@ def scatter(items: Sequence[tuple[str, float, float]], x_name: str, y_name: str)
     scale_y = _Axis([max(0.0, min(ys) - pad), max(ys) + pad], height - bottom, top, False, from_zero=False)
     parts = [_grid(scale_x, scale_y, left, WIDTH - right, top, height - bottom, x_name, y_name, height)]
     taken: list[tuple[float, float]] = []
-    for index, (label, a, b) in enumerate(sorted(items, key=lambda i: (i[2], i[1]))):
+    for label, a, b, colour in sorted(items, key=lambda i: (i[2], i[1])):
         px, py = scale_x(a), scale_y(b)
         text_y = py + 4
         while any(abs(text_y - ty) < 13 and abs(px - tx) < 150 for tx, ty in taken):
             text_y -= 13
         taken.append((px, text_y))
-        shade = f"series-{index % SERIES}"
+        shade = f"series-{colour % SERIES}"
         parts.append(f'<g class="{shade}"><circle cx="{px:.1f}" cy="{py:.1f}" r="5"><title>{_tip(label, a, b)}</title></circle></g>')
         parts.append(f'<text x="{px + 10:.1f}" y="{text_y:.1f}" class="name">{escape(label)}</text>')
     return _svg(height, "".join(parts), f"{y_name} against {x_name}")

@@ -40,7 +40,7 @@ def test_minfer_against_transformers_and_llamacpp(tmp_path: Path, monkeypatch: p
         peers = "transformers/bf16"
     out = tmp_path / "run"
     asked = ["--against", peers, "--precision", "bf16", "--workload", "latency,throughput", "--prompts", "3", "--here", "--json"]
-    done = compare(*asked, "--scale", "0.05", "--repeats", "2", "--out", str(out), cache=tmp_path)
+    done = compare(*asked, "--scale", "0.05", "--repeats", "1", "--out", str(out), cache=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads(done.stdout)
     for engine in ["minfer/bf16", *peers.split(",")]:
@@ -51,7 +51,7 @@ def test_minfer_against_transformers_and_llamacpp(tmp_path: Path, monkeypatch: p
     for name in ("results.json", "report.md", "report.html", "traces.jsonl.gz"):
         assert (out / name).stat().st_size > 0
 
-    again = compare(*asked, "--scale", "0.05", "--repeats", "2", "--resume", str(out), cache=tmp_path)
+    again = compare(*asked, "--scale", "0.05", "--repeats", "1", "--resume", str(out), cache=tmp_path)
     assert again.returncode == 0, again.stderr[-2000:]
     assert [c["at"] for c in json.loads(again.stdout)["cells"]] == [c["at"] for c in results["cells"]], "nothing finished is run again"
 
