@@ -239,15 +239,15 @@ def session(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Iterator[Se
 def test_ctrl_c_stops_a_reply_and_not_the_program(session: Session, tmp_path: Path) -> None:
     session.wait_for(">>> ")
     session.type("Hello\n")
-    session.wait_for(r"Hello\r\n.+")  # the echo of what was typed, and the beginning of the reply
+    session.wait_for(r"Hello\r\n[^\0]{40,}")  # the echo of what was typed, and the beginning of the reply
     session.type("\x03")
-    session.wait_for(r"tokens/s, first after [\d.]+ s, stopped")
+    session.wait_for(r"first after [\d.]+ s, stopped")
     session.wait_for(">>> ")
     session.type("/set max_tokens 3\n")
     session.wait_for("max_tokens 3\r\n")
     session.wait_for(">>> ")
     session.type("Again\n")  # the engine is as good as new
-    session.wait_for(r"3 tokens, .*length")
+    session.wait_for(r"3 tokens, [^\r]*length")
     session.wait_for(">>> ")
     session.type("/nonsense\n")
     session.wait_for("there is no command /nonsense")
