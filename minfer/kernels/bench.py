@@ -176,6 +176,7 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     tables = {name: select_ops(torch.device("cpu"), dtype, name, options.threads) for name in options.backends}
     runtime = Runtime(options.threads)
+    torch.set_num_threads(runtime.threads)  # a table of compiled kernels takes torch's away, but here both compete
     ceilings = measure(runtime)
     print(f"{runtime.isa}, {runtime.threads} threads, load {os.getloadavg()[0]:.1f}: reading {ceilings.bandwidth / 1e9:.1f} GB/s; ", end="")
     print(", ".join(f"{unit} {getattr(ceilings, unit) / 1e9:.0f} Gop/s" for unit in ("float32", "bfloat16", "int8")))
