@@ -21,6 +21,7 @@ from compare.environments import setup as setup_engine
 from compare.errors import CompareError
 from compare.report import write_reports
 from compare.report.console import print_run
+from compare.report.markdown import replace_block
 from compare.results import read_results
 from compare.session import Asked, run_session
 from compare.weights import MODELS
@@ -145,6 +146,7 @@ def clean(
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Results folders; several are merged and set side by side.", exists=True)],
     out: Annotated[Path | None, typer.Option(help="Where to write (default: the first folder).")] = None,
+    readme: Annotated[Path | None, typer.Option(help="File whose compare:begin/end block becomes this run's table.", exists=True)] = None,
 ) -> None:
     """Write report.md and report.html again from results; no engine is needed. Several runs are compared with each other."""
     runs = [read_results(folder) for folder in folders]
@@ -153,6 +155,8 @@ def report(
     write_reports(runs[0], target, others=runs[1:])
     for results in runs:
         print_run(results, console)
+    if readme is not None:
+        readme.write_text(replace_block(readme.read_text(encoding="utf-8"), runs[0], folders[0].as_posix()), encoding="utf-8")
     console.print(f"report.md and report.html are in {target}", highlight=False)
 
 

@@ -21,7 +21,7 @@ INFO = EngineInfo(
     url="https://github.com/tinygrad/tinygrad",
     setting="tinygrad.llm's Transformer with JIT, chunks of 32 prompt tokens, as its own command line runs it",
     precisions={"cpu": ("fp16",), "cuda": ("fp16",)},
-    install={"any": (Install(("tinygrad==0.14.0", "numpy", "gguf==0.19.0")),)},
+    install={"any": (Install(("tinygrad==0.13.0", "numpy", "gguf==0.19.0")),)},
     modules=("tinygrad", "gguf"),
     adapter="Tinygrad",
     min_python=(3, 11),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from compare.errors import CompareError
 from compare.report import tables
 from compare.results import Results
 
@@ -43,6 +44,15 @@ def readme_block(results: Results, folder: str) -> str:
         f"difference from fp32 transformers. Spreads, rooflines, settings and failures: [{folder}/report.md]({folder}/report.md)."
     )
     return f"{BEGIN}\n{intro}\n\n{summary_table(results)}\n\nAgain: `{meta['command']}`\n{END}"
+
+
+def replace_block(text: str, results: Results, folder: str) -> str:
+    """`text` with what stands between the markers replaced. Raises `CompareError` where they are missing."""
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise CompareError(f"the file has no block to fill: put {BEGIN} and {END} where the table belongs")
+    return head + readme_block(results, folder) + tail
 
 
 def method(results: Results) -> str:

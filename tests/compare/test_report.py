@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from compare.errors import CompareError
 from compare.protocol import Trace
 from compare.report import tables, write_reports
-from compare.report.markdown import readme_block, render_markdown
+from compare.report.markdown import readme_block, render_markdown, replace_block
 from compare.results import Cell, Contender, Results, Store, read_results
 
 VOID = {"meta", "br", "path", "rect", "circle"}
@@ -88,6 +89,11 @@ def test_the_readme_block_is_the_summary(run: Results) -> None:
     assert block.endswith("<!-- compare:end -->")
     assert "| minfer/bf16 | 100 |" in block
     assert run.meta["command"] in block
+    page = replace_block("a\n<!-- compare:begin -->old<!-- compare:end -->\nb", run, "results/x")
+    assert page == f"a\n{block}\nb"
+    assert replace_block(page, run, "results/x") == page
+    with pytest.raises(CompareError, match="no block"):
+        replace_block("nothing", run, "x")
 
 
 class Balanced(HTMLParser):
