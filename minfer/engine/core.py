@@ -66,7 +66,7 @@ class EngineCore:
         )
         builder = BatchBuilder(config.max_num_batched_tokens, config.max_num_seqs, loaded.max_model_len, config.block_size, loaded.device)
         self.runner = ModelRunner(loaded.model, loaded.cache, builder, _graph(loaded) if config.graphs else None)
-        self.sampler = Sampler(loaded.model_config.vocab_size, loaded.device, processors)
+        self.sampler = Sampler(loaded.model_config.vocab_size, loaded.device, processors, loaded.ops.argmax)
         self.times = StepTimes()
 
     @torch.inference_mode()

@@ -45,15 +45,24 @@ class SamplerOutput:
 class Sampler:
     """Holds the processors and their state for one engine; `vocab_size` is the logits' width.
 
-    `processors` run after the built-in ones, in order, on every call.
+    `processors` run after the built-in ones, in order, on every call. `argmax` is the op table's: logits [S, V] -> the lowest
+    best ids [S].
     """
 
-    def __init__(self, vocab_size: int, device: torch.device | str = "cpu", processors: Sequence[LogitsProcessor] = ()) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        device: torch.device | str = "cpu",
+        processors: Sequence[LogitsProcessor] = (),
+        argmax: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         if vocab_size < 1:
             raise ConfigError(f"vocab_size must be at least 1, not {vocab_size}")
         self.vocab_size = vocab_size
         self.device = torch.device(device)
         self.processors: tuple[LogitsProcessor, ...] = (LogitBias(), BadWords(), MinTokens(), Penalties(vocab_size), *processors)
+        self._own_processors = tuple(processors)
+        self._argmax = argmax
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> SamplerOutput:
@@ -64,6 +73,8 @@ class Sampler:
         self._check(logits, rows)
         if not rows:
             return SamplerOutput([], [], [])
+        if self._argmax is not None and all(_takes_the_best(row) for row in rows):
+            return self._take_the_best(logits, rows, self._argmax)
         scored = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
         raw = logits[scored] if scored else None
         for processor in self.processors:
@@ -80,6 +91,15 @@ class Sampler:
             for index, found in zip(scored, token_logprobs(raw, [tokens[index] for index in scored], ks), strict=True):
                 logprobs[index] = found
         return SamplerOutput(tokens, logprobs, failed)
+
+    def _take_the_best(self, logits: Tensor, rows: Sequence[SamplingRow], argmax: Callable[[Tensor], Tensor]) -> SamplerOutput:
+        """The usual greedy batch, where at batch 1 every tensor call that can be left out shows in the time of a step."""
+        for processor in self._own_processors:
+            processor(logits, rows)
+        tokens = argmax(logits)
+        best = logits.gather(1, tokens[:, None])[:, 0].tolist()
+        failed = [index for index, value in enumerate(best) if not math.isfinite(value)]
+        return SamplerOutput(tokens.tolist(), [None] * len(rows), failed)
 
     def _pick(self, logits: Tensor, maxima: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         """[S] int64; any id at all in rows whose `best` isn't finite. May overwrite `logits`."""
@@ -116,6 +136,14 @@ def _argmax(logits: Tensor, maxima: Tensor, best: Tensor, rows: Sequence[Samplin
 def _draw_plain(logits: Tensor, maxima: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     temperature, uniform = torch.tensor([[row.params.temperature for row in rows], _uniforms(rows)], dtype=torch.float64).to(logits.device)
     return draw_by_id(weigh(logits, best, temperature), uniform)
+
+
+def _takes_the_best(row: SamplingRow) -> bool:
+    """Whether the row wants the most likely token of the logits as they are, and nothing else."""
+    p = row.params
+    untouched = not p.logit_bias and not p.bad_word_token_ids and len(row.output_token_ids) >= p.min_tokens
+    unpenalised = p.repetition_penalty == 1 and p.presence_penalty == 0 and p.frequency_penalty == 0
+    return p.greedy and untouched and unpenalised and p.logprobs is None
 
 
 def _draw_filtered(logits: Tensor, maxima: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers import (
 from minfer.errors import ConfigError
 from minfer.sampling import Sampler
 from minfer.sampling.ranking import BLOCK
+from minfer.sampling_params import SamplingParams
 
 SETTINGS = [
     {},
@@ -238,6 +240,38 @@ def test_seeds_and_positions_decide_the_draw() -> None:
     assert first != sample_once(logits, [make_row(2)])
     assert first != sample_once(logits, [make_row(1, output=[5])])
     assert first == sample_once(logits, [make_row(1, prompt=[9, 9], output=[5])])  # the position counts, not where the prompt ends
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"logit_bias": {7: 30.0}},
+        {"repetition_penalty": 1.5},
+        {"presence_penalty": 1.0},
+        {"frequency_penalty": 1.0},
+        {"min_tokens": 9},
+        {"bad_word_token_ids": ((3,),)},
+        {"logprobs": 1},
+        {"temperature": 1.0},
+    ],
+)
+def test_the_short_way_for_greedy_batches_changes_nothing(params: dict[str, Any]) -> None:
+    """With an argmax at hand, plainly greedy batches take a short way; every other setting must not."""
+    row = Row(SamplingParams(**{"temperature": 0.0, **params}), prompt_token_ids=[5, 1], output_token_ids=[3, 3])
+    logits = torch.randn(2, 200, generator=torch.Generator().manual_seed(0))
+    logits[:, 3] = logits.max() + 0.5
+    rows = [Row(SamplingParams(temperature=0.0)), row]
+    short = Sampler(200, argmax=lambda x: x.argmax(-1)).sample(logits.clone(), rows)
+    assert short == Sampler(200).sample(logits.clone(), rows)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_the_short_way_names_hopeless_rows_too(bad: float) -> None:
+    logits = torch.randn(2, 200)
+    logits[1] = bad
+    output = Sampler(200, argmax=lambda x: x.argmax(-1)).sample(logits, [Row(SamplingParams(temperature=0.0))] * 2)
+    assert output.failed == [1]
 
 
 def test_empty_batch() -> None:
