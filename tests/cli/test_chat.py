@@ -191,6 +191,13 @@ class Session:
     def type(self, keys: str) -> None:
         os.write(self.terminal, keys.encode())
 
+    def interrupt_prompt(self) -> None:
+        """Ctrl-C at the prompt. Python's readline shows the prompt a moment before it listens, and a signal in between waits for the
+        next key: no finger is that quick, but a test is."""
+        self.wait_for(">>> ")
+        time.sleep(0.5)
+        self.type("\x03")
+
     def wait_for(self, pattern: str, seconds: float = 120.0) -> str:
         """Reads until the pattern is on the screen; returns all that came before and with it, and forgets that."""
         deadline = time.monotonic() + seconds
@@ -251,17 +258,14 @@ def test_ctrl_c_stops_a_reply_and_not_the_program(session: Session, tmp_path: Pa
     session.wait_for(">>> ")
     session.type("/nonsense\n")
     session.wait_for("there is no command /nonsense")
-    session.wait_for(">>> ")
-    session.type("\x03")
+    session.interrupt_prompt()
     session.wait_for("Ctrl-C again")
     session.wait_for(">>> ")
     session.type("/reset\n")  # in between, so the next one is a first one again
     session.wait_for("new conversation")
-    session.wait_for(">>> ")
-    session.type("\x03")
+    session.interrupt_prompt()
     session.wait_for("Ctrl-C again")
-    session.wait_for(">>> ")
-    session.type("\x03")
+    session.interrupt_prompt()
     assert session.finish() == 0
     assert "Traceback" not in session.screen
     history = tmp_path / "minfer" / "chat_history"
