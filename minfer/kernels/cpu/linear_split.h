@@ -13,7 +13,7 @@
 namespace minfer::MINFER_ISA {
 namespace {
 
-constexpr int64_t kSerialValues = 16 * 1024;  // that one thread prepares faster than two could agree on
+constexpr int64_t kSerialValues = 4 * 1024;  // that one thread prepares faster than two could agree on
 constexpr int64_t kMaxStretches = 64;
 
 // Runs body(item, more) for every item; `more` says that the same thread most likely does item + 1 next.

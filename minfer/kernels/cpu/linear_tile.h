@@ -192,7 +192,7 @@ struct Ahead {
   int64_t lines;  // per call
 
   MINFER_INLINE void fetch() {
-    for (int64_t i = 0; i < lines && next < end; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+    for (int64_t i = 0; i < lines && next < end; ++i, next += 64) __builtin_prefetch(next, 0, 3);
   }
 };
 
