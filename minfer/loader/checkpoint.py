@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from minfer.config import ModelConfig
-from minfer.errors import ModelLoadError
 from minfer.quant import PackedWeight
 
 # A folder with tokenizer files, or a GGUF file's metadata; None where the checkpoint brings no tokenizer.

@@ -4,8 +4,10 @@ The files are memory-mapped by the safetensors package and opened again for ever
 as long as a tensor taken from it, so a consumer that copies never has more of the file resident than the tensor at hand, and
 one that keeps the tensor keeps the file's own pages instead of a copy.
 
+Matrices that a tool has quantised come out as `PackedWeight` or dequantised, see quantized.py.
+
 Left out: pickled weights (`.bin`, `.pt`), which can run code when read; Mistral's `consolidated.safetensors` (the same weights
-under Meta's names and row order); quantised checkpoints, until their readers exist.
+under Meta's names and row order).
 """
 
 from __future__ import annotations
@@ -16,20 +18,23 @@ import math
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from minfer.config import ModelConfig
 from minfer.errors import ModelLoadError
 from minfer.loader.check import EMBEDDING, HEAD, check_tensors
 from minfer.loader.checkpoint import Checkpoint, ModelSource, TensorInfo
 from minfer.loader.hf_config import build_config, folder_config, read_json
+from minfer.loader.quantized import Folded, QuantizedMatrix, find_reader, fold
+from minfer.quant import PackedWeight
+from minfer.quant.readers import MatrixReader
 
 # Element types a plain (unquantised) weight may have: safetensors' name -> (bytes, the name config.json uses).
 FLOAT_TYPES = {"F64": (8, "float64"), "F32": (4, "float32"), "F16": (2, "float16"), "BF16": (2, "bfloat16")}
-# Where tools older than config.json's `quantization_config` wrote their settings, and which tool it was.
-SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+# Those that the parts of a quantised matrix may have besides, and their bytes.
+PART_TYPES = {"I8": 1, "U8": 1, "I16": 2, "I32": 4, "I64": 8, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 INDEX = "model.safetensors.index.json"
 
 
@@ -39,23 +44,35 @@ class SafetensorsCheckpoint(Checkpoint):
     def __init__(self, source: ModelSource) -> None:
         folder = _folder(source)
         raw, generation = folder_config(folder)
-        _refuse_quantised(folder, raw)
+        reader = find_reader(folder, raw)
         found: dict[str, TensorInfo] = {}
         for file in _weight_files(folder):
-            for name, info in _read_infos(file):
+            for name, info in _read_infos(file, quantised=reader is not None):
                 if name in found:
                     raise ModelLoadError(f"{file}: tensor {name!r} is in {found[name].file} already; remove the stale file")
                 found[name] = info
         if raw.get("dtype") is None and raw.get("torch_dtype") is None:
             raw["dtype"] = _commonest_dtype(found)
         config = build_config(raw, folder / "config.json", generation)
-        if config.tie_word_embeddings and HEAD in found and not _same_data(found):
+        self._matrices: Mapping[str, QuantizedMatrix] = {}
+        if reader is not None:
+            folded = _fold(reader, found, config)
+            found, self._matrices = folded.infos, folded.matrices
+        if config.tie_word_embeddings and HEAD in found and (HEAD in self._matrices or not _same_data(found)):
             # The flag says tied but the file brings a head of its own: the weights are what was trained.
             config = dataclasses.replace(config, tie_word_embeddings=False)
-        super().__init__(source, config, check_tensors(config, found, folder), tokenizer_source=folder)
+        quantization = reader.label if reader is not None and self._matrices else None
+        super().__init__(source, config, check_tensors(config, found, folder), tokenizer_source=folder, quantization=quantization)
 
     def read(self, name: str) -> torch.Tensor:
-        return _read_tensor(self.tensor_infos[name].file, name)
+        matrix = self._matrices.get(name)
+        return _read_tensor(self.tensor_infos[name].file, name) if matrix is None else matrix.read(_read_tensor).dequantize()
+
+    def read_packed(self, name: str) -> PackedWeight | None:
+        """None too for groups of one input and for reordered inputs: no kernel knows them, so they had better arrive dense."""
+        matrix = self._matrices.get(name)
+        packed = None if matrix is None else matrix.read(_read_tensor)
+        return None if packed is None or packed.scheme.group_size == 1 or packed.input_order is not None else packed
 
 
 def _folder(source: ModelSource) -> Path:
@@ -99,16 +116,27 @@ def _indexed_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_infos(file: Path) -> Iterator[tuple[str, TensorInfo]]:
+def _fold(reader: MatrixReader, found: Mapping[str, TensorInfo], config: ModelConfig) -> Folded:
+    """A tied model may still bring a quantised head. What is left after folding must be plain."""
+    head = (HEAD, (config.vocab_size, config.hidden_size))
+    folded = fold(reader, found, (*config.tensor_shapes(), head), lambda name: not bool(_read_tensor(found[name].file, name).any()))
+    for name, info in folded.infos.items():
+        if name not in folded.matrices and info.dtype not in FLOAT_TYPES:
+            raise ModelLoadError(f"{info.file}: tensor {name!r} {list(info.shape)} of {info.dtype} is no part of a {reader.label} matrix")
+    return folded
+
+
+def _read_infos(file: Path, *, quantised: bool) -> Iterator[tuple[str, TensorInfo]]:
     """Name, shape and type of each tensor, in the order in which they lie in the file."""
+    types = {**{name: size for name, (size, _) in FLOAT_TYPES.items()}, **(PART_TYPES if quantised else {})}
     try:
         with safe_open(file, framework="pt") as f:
             for name in f.offset_keys():
                 part = f.get_slice(name)
                 shape, dtype = tuple(part.get_shape()), part.get_dtype()
-                if dtype not in FLOAT_TYPES:
-                    raise ModelLoadError(f"{file}: tensor {name!r} is of type {dtype}; expected a weight in {', '.join(FLOAT_TYPES)}")
-                yield name, TensorInfo(shape, dtype, math.prod(shape) * FLOAT_TYPES[dtype][0], file)
+                if dtype not in types:
+                    raise ModelLoadError(f"{file}: tensor {name!r} is of type {dtype}; expected a weight in {', '.join(types)}")
+                yield name, TensorInfo(shape, dtype, math.prod(shape) * types[dtype], file)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise ModelLoadError(_explain(file, error)) from error
 
@@ -142,7 +170,8 @@ def _explain(file: Path, error: Exception) -> str:
 def _commonest_dtype(found: Mapping[str, TensorInfo]) -> str:
     totals: dict[str, int] = {}
     for info in found.values():
-        totals[info.dtype] = totals.get(info.dtype, 0) + info.num_bytes
+        if info.dtype in FLOAT_TYPES:
+            totals[info.dtype] = totals.get(info.dtype, 0) + info.num_bytes
     return FLOAT_TYPES[max(totals, key=lambda d: totals[d])][1] if totals else "bfloat16"
 
 
@@ -151,17 +180,3 @@ def _same_data(found: Mapping[str, TensorInfo]) -> bool:
     if EMBEDDING not in found or found[EMBEDDING].shape != found[HEAD].shape:
         return False
     return torch.equal(_read_tensor(found[EMBEDDING].file, EMBEDDING), _read_tensor(found[HEAD].file, HEAD))
-
-
-def _refuse_quantised(folder: Path, raw: Mapping[str, Any]) -> None:
-    """Quantised checkpoints declare themselves in `config.json` or, from older tools, in a file beside it."""
-    settings: Any = raw.get("quantization_config")
-    for name, method in SIDE_FILES.items():
-        if settings is None and (folder / name).is_file():
-            settings = {"quant_method": method, **read_json(folder / name)}
-    if settings is None:
-        return
-    method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else "unknown"
-    raise ModelLoadError(
-        f"{folder} is quantised with {method!r}, which is not supported yet; use the original model's safetensors or a GGUF file of it"
-    )

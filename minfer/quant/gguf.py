@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minfer.quant.packed import Element, PackedWeight, QuantScheme
+from minfer.quant.elements import Element
+from minfer.quant.packed import PackedWeight, QuantScheme
 
 Bytes = npt.NDArray[np.uint8]
 Codes = npt.NDArray[np.int8]

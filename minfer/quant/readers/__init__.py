@@ -1,0 +1,75 @@
+"""Readers of quantised checkpoints: `create_reader` finds the one that a checkpoint's `quantization_config` names.
+
+One file a format. A reader says of each matrix, from headers alone, whether and how it is quantised, and later makes a
+`PackedWeight` of its tensors. What can't be read is refused here in one sentence, with what to use instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from minfer.errors import ModelLoadError
+from minfer.quant.readers.auto_round import AutoRoundReader
+from minfer.quant.readers.awq import AWQReader
+from minfer.quant.readers.base import Header, Headers, MatrixReader, Settings, StoredMatrix
+from minfer.quant.readers.bitsandbytes import BitsAndBytesReader
+from minfer.quant.readers.compressed_tensors import CompressedTensorsReader
+from minfer.quant.readers.fp8 import FP8Reader
+from minfer.quant.readers.gptq import GPTQReader
+from minfer.quant.readers.hqq import HQQReader
+from minfer.quant.readers.modelopt import ModelOptReader
+from minfer.quant.readers.quark import QuarkReader
+from minfer.quant.readers.torchao import TorchAOReader
+
+__all__ = ["METHODS", "Header", "Headers", "MatrixReader", "StoredMatrix", "create_reader", "quant_method"]
+
+METHODS: dict[str, Callable[[Settings], MatrixReader]] = {
+    "auto-round": AutoRoundReader,
+    "intel/auto-round": AutoRoundReader,
+    "awq": AWQReader,
+    "bitsandbytes": BitsAndBytesReader,
+    "compressed-tensors": CompressedTensorsReader,
+    "fbgemm_fp8": FP8Reader,
+    "fp8": FP8Reader,
+    "gptq": GPTQReader,
+    "hqq": HQQReader,
+    "modelopt": ModelOptReader,
+    "modelopt_fp4": ModelOptReader,
+    "quark": QuarkReader,
+    "torchao": TorchAOReader,
+}
+# Methods known by name that need more than unpacking, and what to use instead.
+_INSTEAD = {
+    "mxfp4": "it is gpt-oss's format for experts, and mixture-of-experts models are not supported yet",
+    "bitnet": "BitNet layers normalise their inputs; use a GGUF file of the model",
+}
+# Where a config names no method, a key that only one of them has.
+_TELLTALE = {
+    "load_in_4bit": "bitsandbytes",
+    "load_in_8bit": "bitsandbytes",
+    "config_groups": "compressed-tensors",
+    "desc_act": "gptq",
+    "w_bit": "awq",
+    "quant_algo": "modelopt",
+    "quantization": "modelopt",
+}
+
+
+def quant_method(settings: Any) -> str:
+    """The method's name in lower case; "unknown" where the settings don't say."""
+    if not isinstance(settings, dict):
+        raise ModelLoadError(f"quantization_config must be an object, not {settings!r:.100}")
+    method = settings.get("quant_method")
+    if method is None:
+        return next((method for key, method in _TELLTALE.items() if key in settings), "unknown")
+    return str(method).lower()
+
+
+def create_reader(settings: Any) -> MatrixReader:
+    """The reader for a `quantization_config`. Raises ModelLoadError if its method is unknown or its values make no sense."""
+    method = quant_method(settings)
+    if method not in METHODS:
+        instead = _INSTEAD.get(method, f"use the original model, a GGUF file of it, or one quantised with {', '.join(sorted(METHODS))}")
+        raise ModelLoadError(f"the quantisation method {method!r} is not supported; {instead}")
+    return METHODS[method](settings)
