@@ -2,7 +2,7 @@
 
 `LinearKernels.prepare` packs a matrix once, at load: a quantised one keeps its codes, scales and minima exactly as they
 are (nothing is rounded again), a dense one its values. Scales that came as float16, as those of most files did, are stored
-as float16, which saves a tenth of the memory that decoding reads. docs of the layouts: linear_tile.h, linear_dense.cpp.
+as float16, which saves a sixth of what decoding 4-bit codes reads. linear_tile.h and linear_dense.cpp describe the layouts.
 
 How a quantised matrix meets its activations is chosen here too. `int8`: each token's activations are rounded to int8 in
 groups of 32 and the products are exact integers (llama.cpp does the same with its Q8_1); `none`: activations stay as they are
