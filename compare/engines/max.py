@@ -1,4 +1,4 @@
-"""Modular MAX: a compiled engine with a server. Measured through `openai` where it runs; its Python package is only probed here."""
+"""Modular MAX: a compiled engine behind its own server, so it is measured through `openai`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ INFO = EngineInfo(
     name="max",
     title="Modular MAX",
     url="https://docs.modular.com/max/",
-    reason="`pip install modular==26.7.0` fails: ResolutionImpossible, 'max and max[serve]==26.7.0 have conflicting dependencies' "
-    "(tried November 2026); where it installs, start `max serve` and give the address: --against openai=http://HOST:PORT/v1",
+    reason="pip install modular (26.7 needs a recent pip: 23.2 ends in ResolutionImpossible), `max serve --quantization-encoding "
+    "float32 --devices cpu` (on a CPU it takes float32 or q4_k only; compiling takes minutes), then --against openai=http://HOST:PORT/v1",
     server=True,
 )

@@ -31,6 +31,7 @@ INFO = EngineInfo(
 )
 
 TIMEOUT = 600.0
+LOWEST_SAFE_ID = 256  # an ordinary token in every vocabulary in use
 
 
 class OpenAI(Adapter):
@@ -47,7 +48,19 @@ class OpenAI(Adapter):
         connection.request("GET", f"{self.url.path}/models", headers=self.headers)
         models = json.loads(self._checked(connection.getresponse()).read())
         self.model: str = models["data"][0]["id"]
-        return {"version": f"{self.model} at {self.url.netloc}", "flags": "", "weight_bytes": 0}
+        self.stream_options = self._accepted_stream_options()
+        return {"version": f"{self.model} at {self.url.netloc}", "flags": f"{self.stream_options}", "weight_bytes": 0}
+
+    def _accepted_stream_options(self) -> dict[str, bool]:
+        """Asks once, outside any clock, whether the server can report its token count in every chunk; strict ones refuse to."""
+        every = {"include_usage": True, "continuous_usage_stats": True}
+        probe = Request([LOWEST_SAFE_ID], 1)
+        try:
+            self.stream_options = every
+            self._stream(Recorder([probe]), 0, probe)
+        except RuntimeError:
+            return {"include_usage": True}
+        return every
 
     def generate(self, recorder: Recorder) -> None:
         errors: list[Exception] = []
@@ -76,7 +89,7 @@ class OpenAI(Adapter):
             "temperature": 0,
             "ignore_eos": request.ignore_eos,
             "stream": True,
-            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+            "stream_options": self.stream_options,
         }
         connection = self._connect()
         connection.request("POST", f"{self.url.path}/completions", json.dumps(body), self.headers)
