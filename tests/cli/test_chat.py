@@ -177,6 +177,21 @@ def test_a_model_without_a_template_cannot_chat(minfer: Callable, tiny_llama: Pa
     assert "chat template" in ran.err
 
 
+def test_two_interrupts_at_the_prompt_leave(minfer: Callable, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    typed: list[str | type[BaseException]] = [KeyboardInterrupt, "/help", KeyboardInterrupt, KeyboardInterrupt, "never read"]
+
+    def read(prompt: str) -> str:
+        item = typed.pop(0)
+        if isinstance(item, str):
+            return item
+        raise item
+
+    monkeypatch.setattr("builtins.input", read)
+    ran = minfer("chat", tiny_llama, *TINY)
+    assert (ran.code, typed) == (0, ["never read"])
+    assert ran.err.count("Ctrl-C again") == 2
+
+
 class Session:
     """`minfer chat` in a child process whose terminal we hold the other end of."""
 
@@ -191,12 +206,16 @@ class Session:
     def type(self, keys: str) -> None:
         os.write(self.terminal, keys.encode())
 
-    def interrupt_prompt(self) -> None:
-        """Ctrl-C at the prompt. Python's readline shows the prompt a moment before it listens, and a signal in between waits for the
-        next key: no finger is that quick, but a test is."""
-        self.wait_for(">>> ")
+    def interrupt(self) -> None:
+        """Ctrl-C, with pauses that no finger needs: Python's readline shows the prompt a moment before it listens for signals, and a
+        terminal drops what is written while it handles the key."""
         time.sleep(0.5)
         self.type("\x03")
+        time.sleep(0.5)
+
+    def interrupt_prompt(self) -> None:
+        self.wait_for(">>> ")
+        self.interrupt()
 
     def wait_for(self, pattern: str, seconds: float = 120.0) -> str:
         """Reads until the pattern is on the screen; returns all that came before and with it, and forgets that."""
@@ -247,25 +266,25 @@ def test_ctrl_c_stops_a_reply_and_not_the_program(session: Session, tmp_path: Pa
     session.wait_for(">>> ")
     session.type("Hello\n")
     session.wait_for(r"Hello\r\n[^\0]{40,}")  # the echo of what was typed, and the beginning of the reply
-    session.type("\x03")
-    session.wait_for(r"first after [\d.]+ s, stopped")
-    session.wait_for(">>> ")
+    session.interrupt()
     session.type("/set max_tokens 3\n")
     session.wait_for("max_tokens 3\r\n")
     session.wait_for(">>> ")
     session.type("Again\n")  # the engine is as good as new
     session.wait_for(r"3 tokens, [^\r]*length")
     session.wait_for(">>> ")
+    session.type(f"/save {tmp_path}/saved.json\n")
+    session.wait_for("saved 4 messages")
+    saved = json.loads((tmp_path / "saved.json").read_text(encoding="utf-8"))
+    assert len(saved["messages"][1]["content"]) >= 40  # as far as it got
+    session.wait_for(">>> ")
     session.type("/nonsense\n")
     session.wait_for("there is no command /nonsense")
     session.interrupt_prompt()
-    session.wait_for("Ctrl-C again")
-    session.wait_for(">>> ")
     session.type("/reset\n")  # in between, so the next one is a first one again
     session.wait_for("new conversation")
     session.interrupt_prompt()
-    session.wait_for("Ctrl-C again")
-    session.interrupt_prompt()
+    session.type("\x03")
     assert session.finish() == 0
     assert "Traceback" not in session.screen
     history = tmp_path / "minfer" / "chat_history"
