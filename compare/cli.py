@@ -81,7 +81,7 @@ def compare(
         limit=limit,
         scale=scale,
         here=here,
-        command=shlex.join(["python", "-m", "compare", *sys.argv[1:]]),
+        command=shlex.join(["python", "-m", "compare", *(text.name if text and a == str(text) else a for a in sys.argv[1:])]),
     )
     folder = resume or out or Path("results") / f"{time.strftime('%Y-%m-%d')}-{machine.describe()['host']}"
     finished = run_session(asked, folder, console, resume=resume is not None)

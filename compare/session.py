@@ -120,7 +120,7 @@ def _meta(asked: Asked, weights: Weights, cpus: tuple[int, ...], known: dict[str
         warnings.append(f"{weights.name} has random weights: speed only, its outputs mean nothing")
     if asked.scale != 1:
         warnings.append(f"workloads were scaled to {asked.scale:g} of their size: figures are for trying things out")
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(asked).items() if k != "command"}
+    options = {k: v.name if isinstance(v, Path) else v for k, v in asdict(asked).items() if k != "command"}
     return {
         "command": asked.command,
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),

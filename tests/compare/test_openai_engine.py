@@ -70,7 +70,7 @@ def test_every_token_is_counted_once(strict: bool) -> None:
 
 
 def test_a_refusal_becomes_the_reason() -> None:
-    with server(strict=True) as url, pytest.raises(RuntimeError, match="HTTP 400: .*no such option"):
+    with server(strict=True) as url, pytest.raises(RuntimeError, match=r"HTTP 400: .*no such option"):
         loaded(url).generate(Recorder([Request([300], 13)]))
 
 
