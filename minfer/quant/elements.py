@@ -57,6 +57,14 @@ TABLES: dict[str, tuple[float, ...]] = {
 INTEGER_UNITS = {"fp4_e2m1": 2, "fp6_e2m3": 8}
 
 
+def has_nonfinite(codes: torch.Tensor, element: Element) -> bool:
+    """Whether any code is a NaN or an infinity: e4m3 has one pattern for each sign, e5m2 all with the highest exponent."""
+    if element not in FP8_TYPES:
+        return False
+    mask = 0x7F if element == "fp8_e4m3" else 0x7C
+    return bool((codes & mask == mask).any())
+
+
 def decode(codes: torch.Tensor, element: Element, levels: torch.Tensor | None) -> torch.Tensor:
     """codes: int8 of any shape -> float32 of the same shape; `levels` are the 16 values of an element that is LISTED."""
     if element in FP8_TYPES:

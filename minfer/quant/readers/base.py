@@ -20,9 +20,11 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from minfer.errors import ModelLoadError
+from minfer.quant.elements import has_nonfinite
 from minfer.quant.packed import PackedWeight
 
 FLOATS = ("F32", "F16", "BF16", "F64")
+MAX_SCALE = 2.0**64  # what is below stays finite whatever it multiplies
 MAX_PATTERN = 1000  # characters of a regular expression that a config may bring
 Settings = Mapping[str, Any]
 Tensors = Mapping[str, torch.Tensor]
@@ -53,11 +55,13 @@ class StoredMatrix:
     unused: tuple[str, ...] = ()
 
     def read(self, get: Callable[[str], torch.Tensor]) -> PackedWeight:
-        """Raises ModelLoadError for numbers that can't be a model's: scales that aren't finite, or are all zero."""
+        """Raises ModelLoadError for numbers that can't be a model's: scales that aren't finite, huge, or all zero."""
         packed = self.unpack({name: get(name) for name in self.tensors})
         for name, values in (("scales", packed.scales), ("zero points", packed.mins)):
-            if values is not None and not bool(torch.isfinite(values).all()):
-                raise ModelLoadError(f"its {name} are not all finite; the file is damaged")
+            if values is not None and not bool((values.abs() < MAX_SCALE).all()):
+                raise ModelLoadError(f"its {name} are not all finite and below 2^64; the file is damaged")
+        if has_nonfinite(packed.codes, packed.scheme.element):
+            raise ModelLoadError("some of its weights are NaN or infinite; the file is damaged")
         if not bool(packed.scales.any()):
             raise ModelLoadError("its scales are all zero; the file is damaged")
         return packed.widened()

@@ -23,7 +23,8 @@ class FP8Reader(MatrixReader):
     def matrix(self, name: str, shape: tuple[int, int], headers: Headers) -> StoredMatrix | None:
         if not is_fp8(headers):
             return None
-        scale = "weight_scale_inv" if "weight_scale_inv" in headers else "weight_scale"
+        inverse = "weight_scale_inv" in headers or (self._block is not None and "weight_scale" not in headers)
+        scale = "weight_scale_inv" if inverse else "weight_scale"
         stored = fp8_matrix(shape, headers, scale=scale, block=self._block)
         return StoredMatrix(stored.tensors, stored.unpack, UNUSED)
 

@@ -28,7 +28,7 @@ from minfer.quant.readers.bitsandbytes import BYTES
 
 ITEMS = ("nbits", "axis", "group_size")  # int32 numbers of each layer
 UNUSED = (
-    "shape", "packing", "view_as_float", "unpack_view_dtype", "quant_scale", "quant_zero", "compute_dtype", "offload_meta",
+    "packing", "view_as_float", "unpack_view_dtype", "quant_scale", "quant_zero", "compute_dtype", "offload_meta",
     "encoded_state_dict", "stores_quant_config", "channel_wise", "optimize", "round_zero",
 )  # fmt: skip
 BITS = (1, 2, 3, 4, 5, 6, 8)
@@ -54,11 +54,14 @@ class HQQReader(MatrixReader):
         for end in ITEMS:
             if end not in headers or headers[end].shape not in ((), (1,)):
                 raise ModelLoadError(f"its tensor {end!r} is missing or more than one number; was it saved by hqq 0.2 or later?")
-        return StoredMatrix(("W_q", "scale", "zero", *ITEMS), partial(_unpack, shape), UNUSED)
+        names = ("W_q", "scale", "zero", *ITEMS, *(("shape",) if "shape" in headers else ()))
+        return StoredMatrix(names, partial(_unpack, shape), UNUSED)
 
 
 def _unpack(shape: tuple[int, int], tensors: Tensors) -> PackedWeight:
     n, k = shape
+    if "shape" in tensors and tensors["shape"].flatten().tolist() != [n, k]:
+        raise ModelLoadError(f"it is a matrix {tensors['shape'].flatten()[:4].tolist()}, not {[n, k]}")
     item = {end: int(tensors[end].item()) for end in ITEMS}
     bits, axis, size = item["nbits"], item["axis"], whole(item, "group_size")
     if bits not in BITS or axis not in (0, 1) or size > n * k or n * k % size:
