@@ -1,5 +1,6 @@
 """minfer itself, through its public API: `LLM`, whose `engine` takes requests and steps. Runs in this interpreter.
 
+Quantised cells use llama.cpp's own formats (Q4_0, Q8_0, and the shipped Q4_1 file), so that the two engines run the same bits.
 Prefix caching, on by default, is off except where the workload is about it, as for every engine.
 """
 
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compare.engines.base import Adapter, EngineInfo, Recorder, run_steps, source
+from compare.gguf_export import write_gguf
 from compare.protocol import LoadOptions, Request
 
 INFO = EngineInfo(
@@ -16,19 +18,30 @@ INFO = EngineInfo(
     title="minfer",
     url="docs/architecture.md",
     setting="LLM(...).engine.step(); defaults but for threads, the longest context and prefix caching",
-    precisions={"cpu": ("bf16", "fp32"), "cuda": ("bf16", "fp16", "fp32")},
+    precisions={"cpu": ("bf16", "fp32", "int8", "int4", "q4_1"), "cuda": ("bf16", "fp16", "fp32")},
     batching="continuous",
     scores=True,
     prefix_caching=True,
-    modules=("minfer", "torch", "safetensors", "tokenizers"),
+    modules=("minfer", "torch", "safetensors", "tokenizers", "gguf"),
     adapter="Minfer",
 )
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_GGUF_TYPES = {"int8": "Q8_0", "int4": "Q4_0", "q4_1": "Q4_1"}
 
 
 class Minfer(Adapter):
     info = INFO
+
+    @classmethod
+    def prepare(cls, weights: Path, precision: str, out: Path) -> None:
+        shipped = weights / "source.gguf"
+        if precision not in _GGUF_TYPES:
+            super().prepare(weights, precision, out)
+        elif precision == "q4_1" and shipped.exists():  # the file the weights came from: the same bits, no second rounding
+            (out / "model.gguf").symlink_to(shipped.resolve())
+        else:
+            write_gguf(weights, out / "model.gguf", _GGUF_TYPES[precision])
 
     def load(self, model: Path, options: LoadOptions) -> dict[str, Any]:
         import torch
@@ -37,8 +50,8 @@ class Minfer(Adapter):
 
         self.minfer, self.options, self.runs = minfer, options, 0
         self.llm = minfer.LLM(
-            str(source(model)),
-            dtype=_DTYPES[options.precision],
+            str(model / "model.gguf" if options.precision in _GGUF_TYPES else source(model)),
+            dtype=_DTYPES.get(options.precision, "auto"),
             device=options.device,
             threads=options.threads,
             max_model_len=options.max_context,

@@ -7,6 +7,7 @@ downloaded for this. The memory numbers are those of the engine: weights in the 
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -102,17 +103,29 @@ def describe(config: EngineConfig, checkpoint: Checkpoint) -> dict[str, Any]:
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
         "kv_bytes_per_token": per_token,
-        **_fits(config, model.num_parameters * dtype.itemsize, per_token, max_len, device),
+        **_fits(config, _weight_bytes(config, checkpoint, dtype.itemsize, device), per_token, max_len, device),
     }
+
+
+def _weight_bytes(config: EngineConfig, checkpoint: Checkpoint, itemsize: int, device: Any) -> int:
+    """Bytes of the weights once loaded: quantised matrices as in the file where a kernel runs them so, the rest in the model's type."""
+    from minfer.quant.gguf import PACKED_TYPES
+
+    packed = config.quant == "auto" and config.backend != "reference" and device.type == "cpu"
+    total = 0
+    for info in checkpoint.tensor_infos.values():
+        stays = packed and info.dtype in PACKED_TYPES and len(info.shape) == 2
+        total += info.num_bytes if stays else math.prod(info.shape) * itemsize
+    return total
 
 
 def _fits(config: EngineConfig, weights: int, per_token: int, max_len: int, device: Any) -> dict[str, Any]:
     """Contexts in tokens, rounded down to whole blocks; 0 where the weights alone are too much."""
-    from minfer.runner.memory import available_memory
+    from minfer.runner.memory import available_memory, kv_share
 
     free = available_memory(device)
     left = max(free - weights, 0)
-    share = config.memory_utilization or (0.9 if device.type == "cuda" else 0.5)
+    share = kv_share(config, device)
     budget = min(config.kv_cache_memory, left) if config.kv_cache_memory is not None else int(left * share)
     blocks = budget // (per_token * config.block_size)
     contexts = {users: min(blocks // users * config.block_size, max_len) for users in sorted({*USERS, config.max_num_seqs})}
@@ -143,7 +156,7 @@ def _rows(v: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if v["disk_bytes"] is not None:
         rows.append(("on disk", f"{human_bytes(v['disk_bytes'])} {v['format']} ({types})"))
-    how = ", dequantised" if v["quantization"] else ""
+    how = " where not quantised" if v["quantization"] else ""
     fits = "" if v["weights_fit"] else ": does NOT fit"
     return [
         *rows,

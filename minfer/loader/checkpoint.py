@@ -18,6 +18,8 @@ import torch
 from minfer.config import ModelConfig
 from minfer.quant import PackedWeight
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
 # A folder with tokenizer files, or a GGUF file's metadata; None where the checkpoint brings no tokenizer.
 TokenizerSource = Path | Mapping[str, Any] | None
 

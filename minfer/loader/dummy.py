@@ -15,7 +15,7 @@ import torch
 
 from minfer.config import ModelConfig
 from minfer.errors import ModelLoadError
-from minfer.loader.checkpoint import Checkpoint, ModelSource, TensorInfo, TokenizerSource
+from minfer.loader.checkpoint import TOKENIZER_FILES, Checkpoint, ModelSource, TensorInfo, TokenizerSource
 from minfer.loader.hf_config import build_config, folder_config
 
 POOL_SIZE = 1048583  # prime
@@ -60,7 +60,8 @@ def _shape_of(source: ModelSource) -> tuple[ModelConfig, TokenizerSource]:
     if source.path.suffix == ".gguf":
         return _shape_of_gguf(source.path)
     raw, generation = folder_config(source.path)
-    return build_config(raw, source.path / "config.json", generation), source.path
+    has_tokenizer = any((source.path / file).is_file() for file in TOKENIZER_FILES)
+    return build_config(raw, source.path / "config.json", generation), source.path if has_tokenizer else None
 
 
 def _shape_of_gguf(path: Path) -> tuple[ModelConfig, TokenizerSource]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from minfer.config import LoadFormat
 from minfer.errors import ModelLoadError
 from minfer.loader import hub, names
-from minfer.loader.checkpoint import ModelSource, TokenizerSource
+from minfer.loader.checkpoint import TOKENIZER_FILES, ModelSource, TokenizerSource
 from minfer.loader.gguf import SPLIT, split_parts
 from minfer.loader.gguf_header import read_header
 from minfer.loader.open import open_checkpoint
@@ -28,7 +28,6 @@ from minfer.loader.open import open_checkpoint
 # The hub's own rule; it also keeps "..", absolute paths and option-like names out of file paths.
 REPO = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 REVISION = re.compile(r"(?!.*\.\.)[\w.+-]+(/[\w.+-]+)*", re.ASCII)
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 GGUF_FILE = re.compile(r"(?!.*\.\.)[\w.+-]+(/[\w.+-]+)*\.gguf", re.ASCII)
 
 

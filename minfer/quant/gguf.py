@@ -121,3 +121,4 @@ _TYPES: dict[str, tuple[int, Element, Callable[[Bytes], Unpacked]]] = {
     "Q4_K": (144, "int4", _q4_k),
     "Q5_K": (176, "int8", _q5_k),
 }
+PACKED_TYPES = frozenset(_TYPES)

@@ -49,6 +49,11 @@ def num_kv_blocks(config: EngineConfig, model: ModelConfig, max_len: int, dtype:
     return blocks
 
 
+def kv_share(config: EngineConfig, device: torch.device) -> float:
+    """The share of free memory that the KV cache may take where no number of bytes was asked for."""
+    return config.memory_utilization or (0.9 if device.type == "cuda" else 0.5)
+
+
 def _budget(config: EngineConfig, device: torch.device) -> tuple[int, str]:
     if config.kv_cache_memory is not None:
         free = available_memory(device)
@@ -58,7 +63,7 @@ def _budget(config: EngineConfig, device: torch.device) -> tuple[int, str]:
                 f"but only {free / GIB:.2f} GiB are free after loading the weights; ask for less"
             )
         return config.kv_cache_memory, "--kv-cache-memory"
-    share = config.memory_utilization or (0.9 if device.type == "cuda" else 0.5)
+    share = kv_share(config, device)
     free = available_memory(device)
     return int(free * share), f"{share:.0%} of the {free / GIB:.2f} GiB free after loading the weights"
 
