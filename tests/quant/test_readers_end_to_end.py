@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from formats import FORMATS, Format
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minfer.config import EngineConfig
@@ -19,13 +20,15 @@ from minfer.quant import PackedWeight
 from minfer.runner import BatchBuilder, LoadedModel, ModelRunner, RowSpan, load_model
 
 PROMPT = [(7 * i * i + 3 * i) % 500 for i in range(21)]
+FIXTURES = Path(__file__).parent / "fixtures"
 DOWN = "model.layers.1.mlp.down_proj"
 Folders = Callable[[Format], tuple[Path, Path]]
 
 
 class Row:
-    token_ids = PROMPT
-    blocks = (0, 1)
+    def __init__(self, token_ids: list[int]) -> None:
+        self.token_ids = token_ids
+        self.blocks = (0, 1)
 
 
 def load(folder: Path) -> LoadedModel:
@@ -34,10 +37,10 @@ def load(folder: Path) -> LoadedModel:
     )
 
 
-def logits(folder: Path) -> torch.Tensor:
+def logits(folder: Path, tokens: list[int] = PROMPT) -> torch.Tensor:
     loaded = load(folder)
     runner = ModelRunner(loaded.model, loaded.cache, BatchBuilder(64, 1, 64, loaded.config.block_size, loaded.device))
-    return runner.logits(runner.run([RowSpan(Row(), 0, len(PROMPT), len(PROMPT))]))
+    return runner.logits(runner.run([RowSpan(Row(tokens), 0, len(tokens), len(tokens))]))
 
 
 def open_folder(folder: Path) -> Any:
@@ -70,6 +73,19 @@ def test_tensors_are_those_of_the_dequantised_model_packed_or_not(name: str, qua
         assert torch.equal(value, expected[tensor_name]), tensor_name
     assert {n for n, _ in checkpoint.tensors()} == expected.keys()
     assert count == (0 if name in ("hqq axis 0", "gptq, 3 bits, act-order") else 14)
+
+
+@pytest.mark.parametrize("file", sorted(FIXTURES.glob("model_*.safetensors")), ids=lambda file: file.stem)
+def test_models_saved_by_transformers_give_its_logits(file: Path, tmp_path: Path) -> None:
+    """Against transformers' own dequantised model, in float32; the whole checkpoint is as its `save_pretrained` left it."""
+    with safe_open(file, framework="pt") as f:
+        (tmp_path / "config.json").write_text(f.metadata()["config"])
+    tensors = load_file(file)
+    expected = tensors.pop("expected_logits")
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert open_folder(tmp_path).quantization
+    assert expected.std() > 0.1
+    assert (logits(tmp_path, list(range(1, 21))) - expected).abs().max() < 1e-4
 
 
 def test_what_kernels_have_comes_in_their_elements(quantised: Folders) -> None:
