@@ -165,6 +165,18 @@ def test_layers_with_settings_of_their_own() -> None:
         assert read(config, tensors) is not None
 
 
+def test_zero_points_that_old_releases_left_unpacked() -> None:
+    """compressed-tensors before 0.10: a signed byte each, minus 2^(bits - 1) as all of its integers."""
+    config, tensors = sample("compressed-tensors int4 asymmetric")
+    packed = read(config, tensors)
+    words = tensors["weight_zero_point"]  # [N / 8, G]
+    zeros = torch.stack([words >> 4 * place & 15 for place in range(8)], 1).reshape(N, -1)
+    again = read(config, {**tensors, "weight_zero_point": (zeros - 8).to(torch.int8)})
+    assert packed is not None
+    assert again is not None
+    assert torch.equal(again.dequantize(), packed.dequantize())
+
+
 def test_a_group_index_out_of_range() -> None:
     config, tensors = sample("gptq, 3 bits, act-order")
     for value in (2, -1, 2**31 - 1):

@@ -34,6 +34,7 @@ METHODS: dict[str, Callable[[Settings], MatrixReader]] = {
     "fp8": FP8Reader,
     "gptq": GPTQReader,
     "hqq": HQQReader,
+    "inc": AutoRoundReader,
     "modelopt": ModelOptReader,
     "modelopt_fp4": ModelOptReader,
     "quark": QuarkReader,

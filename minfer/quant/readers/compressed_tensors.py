@@ -181,15 +181,23 @@ def _packed_matrix(scheme: WeightScheme, shape: tuple[int, int], headers: Header
     _expect_scales(headers, "weight_scale", grid, FLOATS)
     names: tuple[str, ...] = ("weight_packed", "weight_scale")
     if not scheme.symmetric:
-        rows = grid[0]
-        words = {-(-rows * bits // 32), -(-rows // (32 // bits))}
-        height = headers["weight_zero_point"].shape[0] if "weight_zero_point" in headers and headers["weight_zero_point"].shape else 0
-        expect(headers, "weight_zero_point", (height if height in words else min(words), grid[1]), ("I32",), f"num_bits={bits}")
+        _expect_packed_zeros(headers, bits, grid)
         names += ("weight_zero_point",)
     if "weight_g_idx" in headers:
         expect(headers, "weight_g_idx", (k,), ("I32", "I64"))
         names += ("weight_g_idx",)
     return StoredMatrix(names, partial(_unpack_packed, scheme, shape, block, width != dense))
+
+
+def _expect_packed_zeros(headers: Headers, bits: int, grid: tuple[int, int]) -> None:
+    """Packed along the rows; releases before 0.10 left them as they are, a signed byte each."""
+    zeros = headers.get("weight_zero_point")
+    if zeros is not None and zeros.dtype == "I8":
+        _expect_scales(headers, "weight_zero_point", grid, ("I8",))
+        return
+    heights = (-(-grid[0] * bits // 32), -(-grid[0] // (32 // bits)))
+    found = zeros.shape[0] if zeros is not None and zeros.shape else 0
+    expect(headers, "weight_zero_point", (found if found in heights else heights[0], grid[1]), ("I32",), f"num_bits={bits}")
 
 
 def _unpack_packed(scheme: WeightScheme, shape: tuple[int, int], block: Block, padded: bool, tensors: Tensors) -> PackedWeight:
@@ -198,7 +206,9 @@ def _unpack_packed(scheme: WeightScheme, shape: tuple[int, int], block: Block, p
     codes = unpack(tensors["weight_packed"], bits, shape[1]).contiguous()
     scales, zeros = tensors["weight_scale"].reshape(grid), None
     if not scheme.symmetric:
-        zeros = unpack(tensors["weight_zero_point"].T.contiguous(), bits, grid[0]).T
+        stored = tensors["weight_zero_point"]
+        signed = stored.dtype == torch.int8
+        zeros = stored.reshape(grid).int() + 2 ** (bits - 1) if signed else unpack(stored.T.contiguous(), bits, grid[0]).T
     if "weight_g_idx" not in tensors or bool((tensors["weight_g_idx"] < 0).all()):  # -1: the tool made it and never used it
         return integers(codes, bits, scales, zeros, block)
     return gathered(codes, bits, scales, zeros, tensors["weight_g_idx"].long(), block[1])

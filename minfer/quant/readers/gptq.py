@@ -61,7 +61,7 @@ class GPTQLayout:
 
 class GPTQReader(MatrixReader):
     def __init__(self, settings: Settings) -> None:
-        version = text(settings, "checkpoint_format", "gptq_v2" if settings.get("is_v2_format") is True else "gptq")
+        version = text(settings, "checkpoint_format", text(settings, "format", "gptq"))
         if version not in MINUS_ONE:
             refuse(f"GPTQ's checkpoint_format {version!r}", "use a checkpoint in format gptq or gptq_v2")
         if text(settings, "pack_dtype", "int32") != "int32":
