@@ -10,9 +10,13 @@ sub-blocks (the K-quants). Layouts are those of ggml-common.h:
     Q8_0   34 B / 32    d f16, 32 x int8                                       w = d q
     Q4_K  144 B / 256   d, dmin f16, 12 B of 6-bit scales and minima, 128 B    w = d s q - dmin m
     Q5_K  176 B / 256   the same with 32 B of fifth bits                       w = d s q - dmin m
+    IQ4_NL 18 B / 32    d f16, 16 B as above, indices of a table of int8       w = d table[q]
+    IQ4_XS 136 B / 256  d f16, 2 + 4 B of 6-bit scales, 128 B of indices       w = d (s - 32) table[q]
+    MXFP4  17 B / 32    power of two e, 16 B: E2M1 values, doubled             w = 2^(e - 128) table[q]
 
-Five-bit codes become int8 ones: one byte each, but the products run at int8 speed and nothing is lost. Types that have no
-such form with groups of 32 (Q6_K's groups are 16, the IQ types index tables) are dequantised by the loader instead.
+Five-bit codes and table values become int8 codes: one byte each, but the products run at int8 speed and nothing is lost. Types
+that have no such form with groups of 32 (Q2_K, Q3_K and Q6_K have groups of 16, the smaller IQ types index vectors) are
+dequantised by the loader instead.
 """
 
 from __future__ import annotations
@@ -32,6 +36,8 @@ Floats = npt.NDArray[np.float32]
 Unpacked = tuple[Codes, Floats, Floats | None]  # codes [B, n], scales and minima [B, n / 32], for B blocks of n values
 
 GROUP = 32
+IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
+MXFP4_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
 
 
 def unpack_gguf(kind: str, data: Bytes) -> PackedWeight | None:
@@ -40,7 +46,8 @@ def unpack_gguf(kind: str, data: Bytes) -> PackedWeight | None:
         return None
     block_bytes, element, unpack = _TYPES[kind]
     rows = data.shape[0]
-    codes, scales, mins = unpack(np.ascontiguousarray(data).reshape(-1, block_bytes))
+    with np.errstate(all="ignore"):  # a scale that isn't finite is the file's own
+        codes, scales, mins = unpack(np.ascontiguousarray(data).reshape(-1, block_bytes))
     scheme = QuantScheme(element, GROUP, symmetric=mins is None)
     tensors = [torch.from_numpy(array.reshape(rows, -1)) for array in (codes, scales)]
     return PackedWeight(tensors[0], tensors[1], None if mins is None else torch.from_numpy(mins.reshape(rows, -1)), scheme)
@@ -111,6 +118,21 @@ def _q5_k(blocks: Bytes) -> Unpacked:
     return _k_nibbles(blocks[:, 48:]) | fifth.reshape(-1, 256).astype(np.int8) << 4, *_k_scales(blocks)
 
 
+def _iq4_nl(blocks: Bytes) -> Unpacked:
+    return IQ4_VALUES[_nibbles(blocks[:, 2:])], _halves(blocks, 0), None
+
+
+def _iq4_xs(blocks: Bytes) -> Unpacked:
+    high = blocks[:, 2:4].copy().view(np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16) & 3  # [B, 8], a scale's upper two bits
+    low = np.stack((blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4), axis=2).reshape(-1, 8)
+    scales = (low | high.astype(np.uint8) << 4).astype(np.float32) - 32
+    return IQ4_VALUES[_nibbles(blocks[:, 8:].reshape(-1, 16))].reshape(-1, 256), _halves(blocks, 0) * scales, None
+
+
+def _mxfp4(blocks: Bytes) -> Unpacked:
+    return MXFP4_VALUES[_nibbles(blocks[:, 1:])], np.ldexp(np.float32(1), blocks[:, :1].astype(np.int32) - 128), None
+
+
 # Bytes of a block, element of the result, how to take it apart.
 _TYPES: dict[str, tuple[int, Element, Callable[[Bytes], Unpacked]]] = {
     "Q4_0": (18, "int4", _q4_0),
@@ -120,5 +142,8 @@ _TYPES: dict[str, tuple[int, Element, Callable[[Bytes], Unpacked]]] = {
     "Q8_0": (34, "int8", _q8_0),
     "Q4_K": (144, "int4", _q4_k),
     "Q5_K": (176, "int8", _q5_k),
+    "IQ4_NL": (18, "int8", _iq4_nl),
+    "IQ4_XS": (136, "int8", _iq4_xs),
+    "MXFP4": (17, "int8", _mxfp4),
 }
 PACKED_TYPES = frozenset(_TYPES)

@@ -10,7 +10,7 @@ from gguf.quants import dequantize
 
 from minfer.quant.gguf import unpack_gguf
 
-KINDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K"]
+KINDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
 
 
 def random_matrix(kind: str, rows: int, blocks: int, seed: int = 0) -> np.ndarray:
@@ -18,7 +18,9 @@ def random_matrix(kind: str, rows: int, blocks: int, seed: int = 0) -> np.ndarra
     _, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     rng = np.random.default_rng(seed)
     data = rng.integers(0, 256, (rows, blocks, size), dtype=np.uint8)
-    halves = 1 if kind in ("Q4_0", "Q5_0", "Q8_0") else 2
+    if kind == "MXFP4":
+        data[:, :, 0] %= 254  # the last two exponents overflow with the values
+    halves = {"MXFP4": 0, "Q4_1": 2, "Q5_1": 2, "Q4_K": 2, "Q5_K": 2}.get(kind, 1)
     for n in range(halves):
         data[:, :, 2 * n : 2 * n + 2] = rng.normal(0, 0.1, (rows, blocks, 1)).astype(np.float16).view(np.uint8)
     return data.reshape(rows, -1)
@@ -42,7 +44,7 @@ def test_an_all_zero_block_is_zero(kind: str) -> None:
 
 def test_types_without_this_form_are_left_to_the_loader() -> None:
     assert unpack_gguf("Q6_K", np.zeros((1, 210), np.uint8)) is None
-    assert unpack_gguf("IQ4_XS", np.zeros((1, 136), np.uint8)) is None
+    assert unpack_gguf("IQ3_XXS", np.zeros((1, 98), np.uint8)) is None
 
 
 def test_rows_and_concatenation_keep_the_values() -> None:
