@@ -58,7 +58,7 @@ class SafetensorsCheckpoint(Checkpoint):
         if reader is not None:
             folded = _fold(reader, found, config)
             found, self._matrices = folded.infos, folded.matrices
-        if config.tie_word_embeddings and HEAD in found and (HEAD in self._matrices or not _same_data(found)):
+        if config.tie_word_embeddings and HEAD in found and not self._same_head(found):
             # The flag says tied but the file brings a head of its own: the weights are what was trained.
             config = dataclasses.replace(config, tie_word_embeddings=False)
         quantization = reader.label if reader is not None and self._matrices else None
@@ -69,10 +69,26 @@ class SafetensorsCheckpoint(Checkpoint):
         return _read_tensor(self.tensor_infos[name].file, name) if matrix is None else matrix.read(_read_tensor).dequantize()
 
     def read_packed(self, name: str) -> PackedWeight | None:
-        """None too for groups of one input and for reordered inputs: no kernel knows them, so they had better arrive dense."""
         matrix = self._matrices.get(name)
         packed = None if matrix is None else matrix.read(_read_tensor)
-        return None if packed is None or packed.scheme.group_size == 1 or packed.input_order is not None else packed
+        return packed if packed is not None and _some_kernel_takes(packed) else None
+
+    def tensors(self, *, keep_packed: bool = False) -> Iterator[tuple[str, torch.Tensor | PackedWeight]]:
+        for name in self.tensor_infos:
+            matrix = self._matrices.get(name)
+            if matrix is None:
+                yield name, self.read(name)
+                continue
+            packed = matrix.read(_read_tensor)  # once, whichever form it leaves in
+            yield name, packed if keep_packed and _some_kernel_takes(packed) else packed.dequantize()
+
+    def _same_head(self, found: Mapping[str, TensorInfo]) -> bool:
+        return not {HEAD, EMBEDDING} & self._matrices.keys() and _same_data(found)
+
+
+def _some_kernel_takes(packed: PackedWeight) -> bool:
+    """Not groups of one input, and not reordered inputs: no kernel knows them yet, and one that doesn't look would go wrong."""
+    return packed.scheme.group_size > 1 and packed.input_order is None
 
 
 def _folder(source: ModelSource) -> Path:
