@@ -32,7 +32,7 @@ def test_the_first_two_commands_are_the_two_that_matter() -> None:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith(("minfer serve", "curl"))])
 def test_command(command: str) -> None:
-    stdin = "Hi\n/exit\n" if command.startswith("minfer chat") else ""
+    stdin = "/set max_tokens 16\nHi\n/exit\n" if command.startswith("minfer chat") else ""
     done = subprocess.run(shlex.split(command), input=stdin, capture_output=True, text=True, env=environment(), cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

@@ -60,9 +60,10 @@ def test_no_engine_was_imported_by_reading_the_rows() -> None:
 
 def test_rows_of_a_run() -> None:
     labels = [w.label for w in wanted(["vllm", "llamacpp/q4_1"], ["bf16", "int4"], "cpu")]
-    assert labels == ["minfer/bf16", "vllm/bf16", "llamacpp/q4_1"]
-    assert [w.label for w in wanted(["llamacpp"], [], "cpu")] == ["minfer/bf16", "llamacpp/bf16", "llamacpp/int8", "llamacpp/int4"]
-    (_, server) = wanted(["openai=http://127.0.0.1:1/v1"], [], "cpu")
+    assert labels == ["minfer/bf16", "minfer/int4", "vllm/bf16", "llamacpp/q4_1"]
+    both = [w.label for w in wanted(["llamacpp"], [], "cpu")]
+    assert both == [f"{engine}/{precision}" for engine in ("minfer", "llamacpp") for precision in ("bf16", "int8", "int4")]
+    server = wanted(["openai=http://127.0.0.1:1/v1"], [], "cpu")[-1]
     assert server.argument == "http://127.0.0.1:1/v1"
     everyone = {w.info.name for w in wanted(["all"], [], "cpu")}
     assert {"minfer", "llamacpp", "vllm", "transformers", "openvino", "ctranslate2", "onnxruntime"} <= everyone

@@ -28,9 +28,10 @@ from minfer.engine.async_llm import AsyncLLM
 
 model, load_seconds, step_seconds, options = sys.argv[1], float(sys.argv[2]), float(sys.argv[3]), eval(sys.argv[4])
 from_config, step = Engine.from_config, Engine.step
-def slow_load(config):
+def slow_load(config, on_phase):
+    on_phase("read weights")
     time.sleep(load_seconds)
-    return from_config(config)
+    return from_config(config, on_phase)
 def slow_step(self):
     time.sleep(step_seconds)
     if len(sys.argv) > 5:
