@@ -46,12 +46,12 @@ static double read_bytes(const std::vector<uint64_t>& data) {
 }
 
 static const long ROUNDS = 20'000'000;
-static const int CHAINS = 10;  // independent accumulators: enough to cover the latency of a fused multiply-add
+static const int CHAINS = 12;  // independent accumulators: enough to cover the latency of a fused multiply-add
 
 static double fp32_operations() {
     Lanes sum[CHAINS], a, b;
     for (int l = 0; l < 16; l++) a[l] = 1.0f + l * 1e-7f, b[l] = 1e-9f;
-    for (auto& s : sum) s = b;
+    for (int c = 0; c < CHAINS; c++) sum[c] = b * float(c + 1);  // different starts: of equal chains only one would be computed
     for (long i = 0; i < ROUNDS; i++)
         for (int c = 0; c < CHAINS; c++) sum[c] = sum[c] * a + b;
     float out = 0;
@@ -64,12 +64,10 @@ static double fp32_operations() {
 static double bf16_operations() {
     __m512 sum[CHAINS];
     __m512bh a = (__m512bh)_mm512_set1_epi16(0x3f80), b = a;
-    for (auto& s : sum) s = _mm512_setzero_ps();
+    for (int c = 0; c < CHAINS; c++) sum[c] = _mm512_set1_ps(float(c));
     for (long i = 0; i < ROUNDS; i++)
-        for (int c = 0; c < CHAINS; c++) {
-            sum[c] = _mm512_dpbf16_ps(sum[c], a, b);
-            asm volatile("" : "+v"(sum[c]));
-        }
+#pragma GCC unroll 16  // rolled, the accumulators would live in memory and its latency would be measured
+        for (int c = 0; c < CHAINS; c++) sum[c] = _mm512_dpbf16_ps(sum[c], a, b);
     for (auto& s : sum) sink += uint64_t(_mm512_reduce_add_ps(s));
     return double(ROUNDS) * CHAINS * 32 * 2;
 }
@@ -78,12 +76,10 @@ static double bf16_operations() {
 #if defined(__AVX512VNNI__)
 static double int8_operations() {
     __m512i sum[CHAINS], a = _mm512_set1_epi8(1), b = a;
-    for (auto& s : sum) s = _mm512_setzero_si512();
+    for (int c = 0; c < CHAINS; c++) sum[c] = _mm512_set1_epi32(c);
     for (long i = 0; i < ROUNDS; i++)
-        for (int c = 0; c < CHAINS; c++) {
-            sum[c] = _mm512_dpbusd_epi32(sum[c], a, b);
-            asm volatile("" : "+v"(sum[c]));
-        }
+#pragma GCC unroll 16  // rolled, the accumulators would live in memory and its latency would be measured
+        for (int c = 0; c < CHAINS; c++) sum[c] = _mm512_dpbusd_epi32(sum[c], a, b);
     for (auto& s : sum) sink += uint64_t(_mm512_reduce_add_epi32(s));
     return double(ROUNDS) * CHAINS * 64 * 2;
 }

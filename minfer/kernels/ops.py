@@ -151,5 +151,5 @@ class Ops:
 
 def _kind(weight: torch.Tensor | PackedWeight) -> str:
     if isinstance(weight, PackedWeight):
-        return f"{weight.scheme.name} (groups of {weight.scheme.group_size})"
+        return weight.scheme.name
     return str(weight.dtype).removeprefix("torch.")

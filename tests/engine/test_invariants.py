@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from minfer import LLM, SamplingParams
 
-BASE: dict[str, Any] = {"backend": "reference", "dtype": "float32", "max_model_len": 256, "kv_cache_memory": 2**22}
+BASE: dict[str, Any] = {"dtype": "float32", "threads": 1, "max_model_len": 256, "kv_cache_memory": 2**22}
 
 
 def prompt_of(length: int, family: int) -> list[int]:
@@ -38,10 +38,15 @@ Ask = tuple[int, int, int]  # prompt length, family, kind of sampling
 _alone: dict[Ask, list[list[int]]] = {}
 
 
-@pytest.fixture(scope="module")
-def reference(tiny_llama: Path) -> Iterator[LLM]:
-    yield LLM(str(tiny_llama), prefix_caching=False, **BASE)
+@pytest.fixture(scope="module", params=["reference", "cpu"])
+def reference(request: pytest.FixtureRequest, tiny_llama: Path) -> Iterator[LLM]:
+    """Each prompt is run alone, in one piece, by the same backend as the engine under test."""
     _alone.clear()
+    yield LLM(str(tiny_llama), prefix_caching=False, backend=request.param, **BASE)
+
+
+def settings_of(reference: LLM) -> dict[str, Any]:
+    return {**BASE, "backend": reference.engine.config.backend}
 
 
 def expected(reference: LLM, ask: Ask) -> list[list[int]]:
@@ -55,7 +60,7 @@ def expected(reference: LLM, ask: Ask) -> list[list[int]]:
 asks = st.lists(st.tuples(st.integers(1, 120), st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=8)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     batch=asks,
     block_size=st.sampled_from([1, 4, 16, 64]),
@@ -83,7 +88,7 @@ def test_outputs_do_not_depend_on_how_they_were_computed(
     llm = LLM(
         str(tiny_llama),
         **{
-            **BASE,
+            **settings_of(reference),
             "max_model_len": 160,
             "block_size": block_size,
             "max_num_batched_tokens": budget,
@@ -110,7 +115,7 @@ def test_outputs_do_not_depend_on_how_they_were_computed(
 
 
 def test_64_requests_with_too_little_memory_finish_correctly(reference: LLM, tiny_llama: Path) -> None:
-    llm = LLM(str(tiny_llama), **{**BASE, "max_model_len": 160, "kv_cache_memory": 512 * 240, "block_size": 4})
+    llm = LLM(str(tiny_llama), **{**settings_of(reference), "max_model_len": 160, "kv_cache_memory": 512 * 240, "block_size": 4})
     batch = [(3 + 37 * i % 60, i % 5, i % 3) for i in range(64)]
     prompts = [{"prompt_token_ids": prompt_of(length, family)} for length, family, _ in batch]
     outputs = llm.generate(prompts, [params_of(kind) for *_, kind in batch], use_tqdm=False)

@@ -73,13 +73,14 @@ def transformers_logits(folder: Path, tokens: list[int]) -> torch.Tensor:
         return model(torch.tensor([tokens])).logits[0]
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("case", CASES)
-def test_logits_equal_transformers(case: str, make_checkpoint: Callable[..., Path]) -> None:
+def test_logits_equal_transformers(case: str, backend: str, make_checkpoint: Callable[..., Path]) -> None:
     family, settings = CASES[case]
     folder = make_checkpoint(family, **settings)
     expected = transformers_logits(folder, PROMPT)
     assert expected.std() > 0.5, "flat logits would hide a difference"
-    loaded = load(folder)
+    loaded = load(folder, backend=backend)
     for chunks in ([45], [1] * 45, [16, 1, 15, 13]):
         assert (logits_of(loaded, PROMPT, chunks) - expected).abs().max() <= 1e-4
 

@@ -44,9 +44,10 @@ def oracle(smollm2_hf: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(smollm2_hf, dtype=torch.float32)
 
 
-@pytest.fixture(scope="module")
-def llm() -> LLM:
-    return LLM("smollm2-135m", dtype="float32", backend="reference", max_model_len=1024, kv_cache_memory=2**28)
+@pytest.fixture(scope="module", params=["reference", "cpu"])
+def llm(request: pytest.FixtureRequest) -> LLM:
+    """Both backends on dequantised weights: the transformers oracle has no quantised activations either."""
+    return LLM("smollm2-135m", dtype="float32", quant="none", backend=request.param, max_model_len=1024, kv_cache_memory=2**28)
 
 
 def test_greedy_tokens_are_those_of_transformers(llm: LLM, oracle: Any) -> None:

@@ -62,6 +62,8 @@ class LinearKernels:
             return CpuDenseWeight(self, weight)
         if weight.scheme.element not in ("int4", "int8"):
             return f"codes must be int4 or int8, not {weight.scheme.element}"
+        if weight.input_order is not None:
+            return "its groups are not runs of inputs (act-order)"
         if weight.scheme.group_size % GROUP:
             return f"groups must be multiples of {GROUP}, not {weight.scheme.group_size}"
         return CpuQuantizedWeight(self, weight, dtype)
