@@ -6,7 +6,6 @@ Float32 and a tiny random model; outputs are compared token for token with each 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +38,10 @@ _alone: dict[Ask, list[list[int]]] = {}
 
 
 @pytest.fixture(scope="module", params=["reference", "cpu"])
-def reference(request: pytest.FixtureRequest, tiny_llama: Path) -> Iterator[LLM]:
+def reference(request: pytest.FixtureRequest, tiny_llama: Path) -> LLM:
     """Each prompt is run alone, in one piece, by the same backend as the engine under test."""
     _alone.clear()
-    yield LLM(str(tiny_llama), prefix_caching=False, backend=request.param, **BASE)
+    return LLM(str(tiny_llama), prefix_caching=False, backend=request.param, **BASE)
 
 
 def settings_of(reference: LLM) -> dict[str, Any]:
