@@ -72,7 +72,7 @@ def table(results: dict[str, Any]) -> str:
     """Medians over the rounds, and the ratio of each line to the one before it."""
     lines = [
         f"{results['model']} on {results['machine'].get('cpu', 'this CPU')}, {results['machine'].get('cores', '?')} cores; "
-        f"medians of {results['rounds']} interleaved rounds; `{results['command']}`.",
+        f"medians of {results['rounds']} interleaved round(s); `{results['command']}`.",
         "",
     ]
     for figure, title in FIGURES.items():
