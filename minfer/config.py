@@ -16,6 +16,7 @@ from minfer.errors import ConfigError, ModelLoadError
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+KVCacheDType = Literal["auto", "fp32", "bf16", "fp16", "fp8", "fp8_e5m2", "int8", "int4"]
 Device = Literal["auto", "cpu", "cuda"]
 Quant = Literal["auto", "none"]
 Activations = Literal["auto", "int8", "none"]
@@ -46,6 +47,9 @@ class EngineConfig:
     threads: int | None = option(None, "CPU threads (default: the physical cores this process may use).")
     max_model_len: int | None = option(None, "Longest prompt plus output, in tokens (default: what the model was trained for).")
     block_size: int = option(16, "Tokens in one KV-cache block.")
+    kv_cache_dtype: KVCacheDType = option(
+        "auto", "How K and V are stored: auto as the model computes; fp8 (e4m3), fp8_e5m2, int8 and int4 with a scale per token and head."
+    )
     kv_cache_memory: int | None = option(None, "Bytes for the KV cache (suffixes K, M, G; default: from --memory-utilization).", bytes=True)
     memory_utilization: float | None = option(
         None, "Share of free memory, after the weights are loaded, that the KV cache may take (default: 0.9 on a GPU, 0.5 on the CPU)."
@@ -62,6 +66,7 @@ class EngineConfig:
             ("load_format", LoadFormat),
             ("dtype", DType),
             ("device", Device),
+            ("kv_cache_dtype", KVCacheDType),
             ("quant", Quant),
             ("activations", Activations),
             ("policy", PolicyName),
@@ -282,10 +287,6 @@ class ModelConfig:
                 count *= size
             total += count
         return total
-
-    def kv_bytes_per_token(self, element_bytes: float) -> int:
-        """Bytes of K and V that one token adds over all layers."""
-        return int(2 * self.num_layers * self.num_kv_heads * self.head_dim * element_bytes)
 
 
 # What transformers assumes where a config.json is silent, per architecture: the differences between the families.

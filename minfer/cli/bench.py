@@ -95,7 +95,7 @@ def _result(engine: Engine, shape: Shape, runs: Sequence[Run], phases: dict[str,
     loaded, config = engine.core.loaded, engine.config
     hosts = [run.host_s_per_step for run in runs if run.decode_steps]
     host = {part: statistics.median(h[part] for h in hosts) * 1e3 for part in hosts[0]} if hosts else {}
-    block_bytes = loaded.cache.block_bytes(loaded.model_config, config.block_size, loaded.ops.dtype)
+    block_bytes = loaded.cache.block_bytes(loaded.model_config, config.block_size, loaded.cache.dtype)
     return {
         "model": config.model,
         **medians,
@@ -113,6 +113,7 @@ def _result(engine: Engine, shape: Shape, runs: Sequence[Run], phases: dict[str,
         "preemptions": sum(run.preemptions for run in runs),
         "device": loaded.device.type,
         "dtype": config.dtype,
+        "kv_cache_dtype": config.kv_cache_dtype,
         "kernels": loaded.ops.chosen,
         "load_seconds": phases,
     }
@@ -146,6 +147,6 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         timed("decode step", "time_per_output_token_s", "ms", 1e3),
         ("host per decode step", f"{host['total']:.3f} ms outside the model ({parts})" if host else "not measured"),
         ("peak memory", memory),
-        ("KV cache", f"{human_bytes(result['kv_bytes_used'])} used of {human_bytes(result['kv_cache_bytes'])}"),
+        ("KV cache", f"{result['kv_cache_dtype']}, {human_bytes(result['kv_bytes_used'])} used of {human_bytes(result['kv_cache_bytes'])}"),
         ("load", f"{result['load_seconds']['total']:.2f} s"),
     ]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from minfer.cli.command import command
 from minfer.cli.options import engine_flags
 from minfer.cli.terminal import Terminal, human_bytes
-from minfer.config import EngineConfig
+from minfer.config import EngineConfig, ModelConfig
 from minfer.errors import ModelLoadError
 
 if TYPE_CHECKING:
@@ -72,13 +72,16 @@ def is_on_disk(name: str) -> bool:
 
 def describe(config: EngineConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     """Everything that `--json` prints: shapes, bytes, and the longest contexts that fit."""
-    from minfer.runner.load import pick_device, pick_dtype, pick_max_len
+    from minfer.kvcache import KVCache, format_of
+    from minfer.runner.load import pick_device, pick_dtype, pick_kv_dtype, pick_max_len
 
     model, summary = checkpoint.config, checkpoint.describe()
     device = pick_device(config)
     dtype = pick_dtype(config, checkpoint, device)
     max_len = pick_max_len(config, model)
-    per_token = model.kv_bytes_per_token(dtype.itemsize)
+    kv_dtype = pick_kv_dtype(config, dtype)
+    per_token = KVCache.token_bytes(model, kv_dtype)
+    fits = _fits(config, _weight_bytes(config, checkpoint, dtype.itemsize, device), per_token, max_len, device)
     return {
         "architecture": model.architecture,
         "parameters": model.num_parameters,
@@ -102,9 +105,19 @@ def describe(config: EngineConfig, checkpoint: Checkpoint) -> dict[str, Any]:
         "disk_bytes_by_dtype": dict(summary.bytes_by_dtype),
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
+        "kv_cache_dtype": format_of(kv_dtype).name,
         "kv_bytes_per_token": per_token,
-        **_fits(config, _weight_bytes(config, checkpoint, dtype.itemsize, device), per_token, max_len, device),
+        **fits,
+        "kv_tokens_by_dtype": _tokens_by_dtype(config, model, fits["kv_cache_bytes"]),
     }
+
+
+def _tokens_by_dtype(config: EngineConfig, model: ModelConfig, budget: int) -> dict[str, int]:
+    """How many tokens the KV memory holds in each type of `kv_cache_dtype` that this model's head size allows."""
+    from minfer.kvcache import FORMATS, KVCache
+
+    possible = {name: kind.dtype for name, kind in FORMATS.items() if not (kind.packed and model.head_dim % 2)}
+    return {name: budget // KVCache.block_bytes(model, config.block_size, dtype) * config.block_size for name, dtype in possible.items()}
 
 
 def _weight_bytes(config: EngineConfig, checkpoint: Checkpoint, itemsize: int, device: Any) -> int:
@@ -161,8 +174,9 @@ def _rows(v: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         *rows,
         ("weights in memory", f"{human_bytes(v['weights_bytes'])} as {v['dtype']}{how} on {v['device']}{fits}"),
-        ("KV per token", human_bytes(v["kv_bytes_per_token"])),
+        ("KV per token", f"{human_bytes(v['kv_bytes_per_token'])} as {v['kv_cache_dtype']}"),
         ("free memory", f"{human_bytes(v['free_memory_bytes'])}, of it for the KV cache {human_bytes(v['kv_cache_bytes'])}"),
+        ("tokens that fit", ", ".join(f"{name} {tokens:,}" for name, tokens in v["kv_tokens_by_dtype"].items())),
         ("full-length sequences", f"{v['full_length_sequences']:,} at the same time"),
         ("users x context", contexts),
     ]

@@ -76,6 +76,7 @@ def perplexity(
         "stride": stride or window,
         "bos": bos,
         "dtype": llm.engine.config.dtype,
+        "kv_cache_dtype": llm.engine.config.kv_cache_dtype,
         "mean_negative_log_likelihood": mean,
         "seconds": seconds,
         "load_seconds": phases,

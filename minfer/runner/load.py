@@ -18,11 +18,11 @@ import torch
 from minfer.config import EngineConfig, ModelConfig
 from minfer.errors import ConfigError
 from minfer.kernels import Ops, select_ops
-from minfer.kvcache import KVCache
+from minfer.kvcache import FORMATS, KVCache, format_of
 from minfer.layers.loading import load_weights
 from minfer.loader import Checkpoint, open_checkpoint, resolve_model
 from minfer.models import Model, create_model
-from minfer.runner.memory import num_kv_blocks
+from minfer.runner.memory import GIB, num_kv_blocks
 
 logger = logging.getLogger("minfer.load")
 
@@ -73,16 +73,19 @@ def load_model(config: EngineConfig, on_phase: Callable[[str], None] = lambda na
         device = pick_device(config)
         dtype = pick_dtype(config, checkpoint, device)
         max_len = pick_max_len(config, model_config)
+        kv_dtype = pick_kv_dtype(config, dtype)
+        KVCache.token_bytes(model_config, kv_dtype)  # raises where this head size can't be stored so
         ops = select_ops(device, dtype, config.backend, config.threads, config.activations)
     with phases("read weights"), torch.inference_mode():
         model = create_model(model_config, ops, max_len, device)
         load_weights(model, checkpoint.tensors(keep_packed=config.quant == "auto"))
     with phases("size KV cache"):
-        blocks = num_kv_blocks(config, model_config, max_len, dtype, device)
-        cache = KVCache(model_config, blocks, config.block_size, dtype, device)
-    names: dict[str, Any] = {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
+        blocks = num_kv_blocks(config, model_config, max_len, kv_dtype, device)
+        cache = KVCache(model_config, blocks, config.block_size, kv_dtype, device)
+    names: dict[str, Any] = {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "kv_cache_dtype": format_of(kv_dtype).name}
     resolved = dataclasses.replace(config, max_model_len=max_len, **names)
     logger.info("loaded %s: %s", config.model, ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.seconds.items()))
+    logger.info("KV cache: %s", describe_kv_cache(cache, model_config))
     return LoadedModel(resolved, model_config, checkpoint, model, ops, cache, device, phases)
 
 
@@ -100,6 +103,18 @@ def pick_dtype(config: EngineConfig, checkpoint: Checkpoint, device: torch.devic
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
     declared = "bfloat16" if checkpoint.quantization else checkpoint.config.dtype
     return {"float16": torch.float16, "float32": torch.float32}.get(declared, torch.bfloat16)
+
+
+def pick_kv_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
+    """The element type of the KV cache; the model's own where `auto`."""
+    return dtype if config.kv_cache_dtype == "auto" else FORMATS[config.kv_cache_dtype].dtype
+
+
+def describe_kv_cache(cache: KVCache, model: ModelConfig) -> str:
+    """For a start-up line: `55,296 tokens in int8, 1.1 GiB`."""
+    tokens = cache.num_blocks * cache.block_size
+    total = tokens * KVCache.token_bytes(model, cache.dtype)
+    return f"{tokens:,} tokens in {format_of(cache.dtype).name}, {total / GIB:.2f} GiB"
 
 
 def pick_max_len(config: EngineConfig, model: ModelConfig) -> int:

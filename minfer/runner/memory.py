@@ -14,7 +14,7 @@ import torch
 
 from minfer.config import EngineConfig, ModelConfig
 from minfer.errors import CapacityError, ConfigError
-from minfer.kvcache import KVCache
+from minfer.kvcache import KVCache, format_of
 
 GIB = 1024**3
 
@@ -31,7 +31,7 @@ def available_memory(device: torch.device) -> int:
 
 
 def num_kv_blocks(config: EngineConfig, model: ModelConfig, max_len: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Blocks for the cache: what the budget pays for, but no more than `max_num_seqs` sequences of full length could use.
+    """Blocks for a cache stored as `dtype`: what the budget pays for, but no more than `max_num_seqs` full-length sequences could use.
 
     Raises CapacityError if one sequence of `max_len` tokens would not fit.
     """
@@ -44,7 +44,8 @@ def num_kv_blocks(config: EngineConfig, model: ModelConfig, max_len: int, dtype:
         raise CapacityError(
             f"the KV cache has {budget / GIB:.2f} GiB ({origin}), but one sequence of max_model_len={max_len} tokens needs "
             f"{blocks_per_sequence * block_bytes / GIB:.2f} GiB; "
-            + (f"set --max-model-len {fits} or less, or give the cache more memory" if fits else "give the cache more memory")
+            + (f"set --max-model-len {fits} or less, " if fits else "")
+            + ("give the cache more memory" if format_of(dtype).scaled else "store it as --kv-cache-dtype int8, or give it more memory")
         )
     return blocks
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from minfer.engine.async_llm import AsyncLLM
+from minfer.runner.load import describe_kv_cache
 from minfer.server.options import ServerOptions
 from minfer.server.slot import ModelSlot
 
@@ -34,6 +35,7 @@ def first_screen(slot: ModelSlot, llm: AsyncLLM, options: ServerOptions, port: i
         f"  loaded    {phases}; {sum(loaded.phases.seconds.values()):.2f} s in all",
         f"  runs on   {llm.config.device}, {llm.config.dtype}",
         f"  context   {max_len} tokens; {fits} requests of full length fit at the same time",
+        f"  KV cache  {describe_kv_cache(loaded.cache, loaded.model_config)}",
         f"  API key   {key}",
         f"  try it    curl {url}/v1/chat/completions{auth} -H 'content-type: application/json' -d '{body}'",
     ]

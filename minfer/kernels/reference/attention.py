@@ -2,7 +2,8 @@
 
 Requests that bring one token each (most of a busy step) are padded to the longest and answered by one batched call, since
 thirty-two small calls a layer would cost more than their arithmetic. Requests that bring several are done one by one.
-The query heads of a group stand as extra query rows over their shared KV head, so K and V are never repeated.
+The query heads of a group stand as extra query rows over their shared KV head, so K and V are never repeated. A quantised
+cache is dequantised as it is gathered, and the rest is float32 then; any other is read in the type of the queries.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from minfer.batch import Batch
+from minfer.kernels.reference.kv_quant import dequantize
 from minfer.kvcache import LayerCache
 
 
@@ -22,6 +24,9 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
+    dtype = q.dtype
+    if cache.k_scale is not None:
+        q = q.to(torch.promote_types(dtype, torch.float32))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # [T, Hq, D]
     singles: list[int] = []
     rows: list[int] = []
@@ -35,10 +40,10 @@ def attention(
             out[span] = _one_request(q[span], cache, batch, request, scale, window, softcap)
         start += length
     if len(rows) == q.shape[0]:
-        return _single_tokens(q, cache, batch, singles, scale, window, softcap)
+        return _single_tokens(q, cache, batch, singles, scale, window, softcap).to(dtype)
     if rows:
         out[rows] = _single_tokens(q[rows], cache, batch, singles, scale, window, softcap)
-    return out
+    return out.to(dtype)
 
 
 def _one_request(
@@ -47,7 +52,7 @@ def _one_request(
     """q[n, Hq, D]: the new tokens of one request, the last n of its sequence."""
     n, heads, dim = q.shape
     seq_len = batch.seq_lens_host[request]
-    k, v = _gather(cache, batch.block_tables[request : request + 1], seq_len)  # [1, Hk, L, D]
+    k, v = _gather(cache, batch.block_tables[request : request + 1], seq_len, q.dtype)  # [1, Hk, L, D]
     kv_heads = k.shape[1]
     # A plain causal prompt can use the kernel that never looks at the masked half; it wants K and V per query head.
     if n == seq_len and window is None and softcap is None:
@@ -74,7 +79,7 @@ def _single_tokens(
     everyone = count == batch.num_requests
     tables = batch.block_tables if everyone else batch.block_tables[requests]
     lens = (batch.seq_lens if everyone else batch.seq_lens[requests])[:, None]  # [R, 1]
-    k, v = _gather(cache, tables, longest)  # [R, Hk, L, D]
+    k, v = _gather(cache, tables, longest, q.dtype)  # [R, Hk, L, D]
     key = torch.arange(longest, device=q.device)[None, :]
     visible = key < lens  # [R, L]
     if window is not None:
@@ -88,16 +93,19 @@ def _single_tokens(
     return o.reshape(count, heads, dim)
 
 
-def _gather(cache: LayerCache, tables: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _gather(cache: LayerCache, tables: torch.Tensor, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """The first `length` tokens behind each block table, as fresh dense tensors: [R, Hk, length, D] each."""
     blocks = -(-length // cache.block_size)
     tables = tables[:, :blocks]
     out = []
-    for pages in (cache.k, cache.v):
-        _, kv_heads, block_size, dim = pages.shape
-        picked = pages[tables]  # [R, B, Hk, block_size, D]
-        dense = picked.transpose(1, 2).reshape(tables.shape[0], kv_heads, blocks * block_size, dim)
-        out.append(dense[:, :, :length])
+    for pages, scales in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)):
+        if scales is None:
+            picked = pages[tables]  # [R, B, Hk, block_size, D]
+        else:
+            codes = pages.view(torch.uint8)[tables].view(pages.dtype)  # torch doesn't index 8-bit floats
+            picked = dequantize(codes, scales[tables], cache.format)
+        dense = picked.transpose(1, 2).flatten(2, 3)  # [R, Hk, blocks * block_size, D]
+        out.append(dense[:, :, :length].to(dtype))
     return out[0], out[1]
 
 

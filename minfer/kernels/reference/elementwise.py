@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from minfer.kernels.reference.kv_quant import quantize
 from minfer.kvcache import LayerCache
 
 
@@ -24,8 +25,13 @@ def rotary(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: tor
 
 def write_kv(k: torch.Tensor, v: torch.Tensor, cache: LayerCache, slots: torch.Tensor) -> None:
     block, offset = slots // cache.block_size, slots % cache.block_size
-    cache.k[block, :, offset] = k  # [T, Hk, D] into [num_blocks, Hk, block_size, D]
-    cache.v[block, :, offset] = v
+    for rows, pages, scales in ((k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale)):
+        if scales is None:
+            pages[block, :, offset] = rows.to(pages.dtype)  # [T, Hk, D] into [num_blocks, Hk, block_size, D]
+        else:
+            codes, scale = quantize(rows, cache.format)
+            pages.view(torch.uint8)[block, :, offset] = codes.view(torch.uint8)  # torch doesn't index 8-bit floats
+            scales[block, :, offset] = scale
 
 
 def act_mul(x: torch.Tensor, kind: str) -> torch.Tensor:
