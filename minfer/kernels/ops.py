@@ -65,6 +65,30 @@ class Backend(ABC):
     def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
         """The matrix repacked, or the reason for declining it. `dtype` is that of the activations."""
 
+    def stack(self, parts: Sequence[Weight]) -> Weight:
+        """Matrices that this backend prepared, whose products stand side by side in one output."""
+        return StackedWeight(parts)
+
+
+class StackedWeight(Weight):
+    """Matrices over the same inputs that can't be one, because they are quantised differently."""
+
+    def __init__(self, parts: Sequence[Weight]) -> None:
+        self.parts = list(parts)
+        self.shape = torch.Size((sum(part.shape[0] for part in parts), parts[0].shape[1]))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        outputs = [part.shape[0] for part in self.parts]
+        biases = [None] * len(outputs) if bias is None else bias.split(outputs)
+        return torch.cat([part.linear(x, own) for part, own in zip(self.parts, biases, strict=True)], dim=-1)
+
+    def embedding(self, ids: torch.Tensor) -> torch.Tensor:
+        raise ConfigError("matrices that are quantised differently can't be one table of embeddings")
+
 
 class Ops:
     """The table. Attributes are bound when it is built, so a call costs one attribute look-up."""
@@ -84,16 +108,27 @@ class Ops:
 
     def prepare(self, weight: torch.Tensor | PackedWeight) -> Weight:
         """Repacks a matrix for the first backend that takes it. Raises ModelLoadError with every reason for declining."""
+        return self._prepare(weight)[0]
+
+    def prepare_stack(self, parts: Sequence[torch.Tensor | PackedWeight]) -> Weight:
+        """Repacks matrices over the same inputs, each as `prepare` would; their products become one output."""
+        prepared = [self._prepare(part) for part in parts]
+        weights, backend = [weight for weight, _ in prepared], prepared[0][1]
+        if len(weights) == 1:
+            return weights[0]
+        return backend.stack(weights) if all(other is backend for _, other in prepared) else StackedWeight(weights)
+
+    def _prepare(self, weight: torch.Tensor | PackedWeight) -> tuple[Weight, Backend]:
         reasons = []
         for backend in self.backends:
             prepared = backend.prepare(weight, self.dtype)
             if isinstance(prepared, Weight):
                 self._note(weight, backend.name)
-                return prepared
+                return prepared, backend
             reasons.append(f"{backend.name}: {prepared}")
         if isinstance(weight, PackedWeight):
             self._note(weight, f"dequantised to {str(self.dtype).removeprefix('torch.')}")
-            return self.prepare(weight.dequantize(self.dtype))
+            return self._prepare(weight.dequantize(self.dtype))
         raise ModelLoadError(f"no kernel multiplies by a {_kind(weight)} matrix {list(weight.shape)}: {'; '.join(reasons)}")
 
     def _note(self, weight: torch.Tensor | PackedWeight, how: str) -> None:

@@ -1,7 +1,8 @@
 """`Linear`: y = x W^T + b, where W may be several of the checkpoint's matrices stacked into one product.
 
 Stacking (q, k, v into qkv; gate, up into gate_up) reads the activations once and gives the kernel a wider matrix. The parts
-arrive in any order; when the last one is there, the op table repacks the whole once and the parts are let go.
+arrive in any order; when the last one is there, the op table repacks the whole once and the parts are let go. Parts that are
+quantised differently (a GGUF mixes types within q, k, v) stay products of their own, which write into one output.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Linear(nn.Module):
         self.device = device
         self.parts = parts
         self.bias = torch.empty(outputs, dtype=ops.dtype, device=device) if bias else None
-        self._arrived: dict[str, PackedWeight | None] = {}
+        self._arrived: dict[str, Tensorlike] = {}
         self._dense: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -61,31 +62,28 @@ class Linear(nn.Module):
         else:
             if self._dense is None:
                 self._dense = torch.empty(self.outputs, self.inputs, dtype=self.ops.dtype, device=self.device)
+            self._arrived[part] = self._dense[first : first + rows]
             self._dense[first : first + rows] = tensor  # casts and moves; the part itself is never kept
-            self._arrived[part] = None
         if len(self._arrived) == len(self.parts or (part,)):
-            self.weight = self.ops.prepare(self._stacked())
+            self.weight = self.ops.prepare_stack(self._runs())
             self._arrived.clear()
             self._dense = None
 
-    def _stacked(self) -> Tensorlike:
-        names = list(self.parts or self._arrived)
-        packed = [p for name in names if (p := self._arrived[name]) is not None]
+    def _runs(self) -> list[Tensorlike]:
+        """The parts in stacking order, neighbours that are quantised alike made one matrix."""
+        arrived = [self._arrived[name] for name in self.parts or self._arrived]
+        packed = [part for part in arrived if isinstance(part, PackedWeight)]
         if not packed:
             assert self._dense is not None, "every dense part was copied into it"
-            return self._dense
-        if self._dense is not None or any(p.scheme != packed[0].scheme for p in packed):
-            return self._dense_from_mixed(names)
-        return PackedWeight.concatenate(packed) if len(packed) > 1 else packed[0]
+            return [self._dense]
+        runs: list[list[Tensorlike]] = []
+        for part in arrived:
+            if runs and _alike(runs[-1][-1], part):
+                runs[-1].append(part)
+            else:
+                runs.append([part])
+        return [PackedWeight.concatenate(run) if len(run) > 1 else run[0] for run in runs]  # type: ignore[arg-type]
 
-    def _dense_from_mixed(self, names: list[str]) -> torch.Tensor:
-        """Parts quantised differently can't be one packed matrix (a GGUF may mix types within q, k, v): make them dense."""
-        if self._dense is None:
-            self._dense = torch.empty(self.outputs, self.inputs, dtype=self.ops.dtype, device=self.device)
-        first = 0
-        for name in names:
-            part, rows = self._arrived[name], (self.parts or {name: self.outputs})[name]
-            if part is not None:
-                self._dense[first : first + rows] = part.dequantize(self.ops.dtype)
-            first += rows
-        return self._dense
+
+def _alike(one: Tensorlike, other: Tensorlike) -> bool:
+    return isinstance(one, PackedWeight) and isinstance(other, PackedWeight) and one.is_alike(other)

@@ -132,15 +132,16 @@ class PackedWeight:
         mins = None if self.mins is None else self.mins[index]
         return dataclasses.replace(self, codes=self.codes[index], scales=self.scales[index], mins=mins)
 
+    def is_alike(self, other: PackedWeight) -> bool:
+        """Whether outputs of both can stand in one matrix."""
+        return self.scheme == other.scheme and _same(self.levels, other.levels) and _same(self.input_order, other.input_order)
+
     @staticmethod
     def concatenate(parts: list[PackedWeight]) -> PackedWeight:
         """Stacks outputs of matrices with one scheme: q, k, v or gate, up become one product."""
         first = parts[0]
-        if any(part.scheme != first.scheme for part in parts):
-            raise ModelLoadError(f"can't fuse matrices quantised differently: {[part.scheme for part in parts]}")
-        for name in ("levels", "input_order"):
-            if any(not _same(getattr(part, name), getattr(first, name)) for part in parts):
-                raise ModelLoadError(f"can't fuse quantised matrices with different {name}")
+        if not all(first.is_alike(part) for part in parts):
+            raise ModelLoadError(f"can't fuse matrices whose schemes, levels or orders of inputs differ: {[part.scheme for part in parts]}")
         mins = None if first.mins is None else torch.cat([part.mins for part in parts if part.mins is not None])
         codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts])
         return dataclasses.replace(first, codes=codes, scales=scales, mins=mins)

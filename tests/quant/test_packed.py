@@ -79,7 +79,7 @@ def test_inputs_in_another_order() -> None:
     assert torch.equal(ordered.rows(torch.tensor([4, 1])).dequantize(), ordered.dequantize()[[4, 1]])
     both = PackedWeight.concatenate([ordered, ordered])
     assert torch.equal(both.dequantize(), torch.cat([ordered.dequantize()] * 2))
-    with pytest.raises(ModelLoadError, match="input_order"):
+    with pytest.raises(ModelLoadError, match="orders of inputs"):
         PackedWeight.concatenate([ordered, packed])
 
 

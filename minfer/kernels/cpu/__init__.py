@@ -6,12 +6,14 @@ call. What it leaves out: anything but float32, bfloat16 and float16 activations
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from minfer.batch import Batch
 from minfer.errors import ConfigError
 from minfer.kernels.cpu.runtime import DTYPES, Runtime
-from minfer.kernels.cpu.weights import Activation, LinearKernels
+from minfer.kernels.cpu.weights import Activation, CpuStackedWeight, LinearKernels
 from minfer.kernels.ops import Backend, Weight
 from minfer.kvcache import LayerCache
 from minfer.quant import PackedWeight
@@ -53,6 +55,9 @@ class CpuBackend(Backend):
 
     def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
         return self.linear_kernels.prepare(weight, dtype)
+
+    def stack(self, parts: Sequence[Weight]) -> Weight:
+        return CpuStackedWeight(self.runtime, parts)
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None

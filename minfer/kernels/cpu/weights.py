@@ -14,6 +14,7 @@ list takes those.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
@@ -21,7 +22,7 @@ import torch
 
 from minfer.errors import ConfigError
 from minfer.kernels.cpu.runtime import DTYPES, Runtime
-from minfer.kernels.ops import Weight
+from minfer.kernels.ops import StackedWeight, Weight
 from minfer.quant import PackedWeight
 
 Activation = Literal["int8", "none"]
@@ -69,13 +70,50 @@ class LinearKernels:
         return CpuQuantizedWeight(self, weight, dtype)
 
 
-class CpuDenseWeight(Weight):
+class CpuWeight(Weight):
+    """A matrix whose product can be written into some columns of a wider output."""
+
+    dtype: torch.dtype
+
+    def __init__(self, kernels: LinearKernels) -> None:
+        self._kernels = kernels
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        y = self._kernels.runtime.empty((x.shape[0], self.shape[0]), self.dtype)
+        self.linear_into(x, bias, y)
+        return y
+
+    @abstractmethod
+    def linear_into(self, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+        """y[T, N], rows of any stride, = x @ weight.T + bias."""
+
+
+class CpuStackedWeight(StackedWeight):
+    """Each part writes into its own columns of one output: nothing is copied, and a recorded step stays recordable."""
+
+    parts: list[CpuWeight]  # type: ignore[assignment]
+
+    def __init__(self, runtime: Runtime, parts: Sequence[Weight]) -> None:
+        super().__init__(parts)
+        self._runtime = runtime
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        y = self._runtime.empty((x.shape[0], self.shape[0]), x.dtype)
+        first = 0
+        for part in self.parts:
+            end = first + part.shape[0]
+            part.linear_into(x, None if bias is None else bias[first:end], y[:, first:end])
+            first = end
+        return y
+
+
+class CpuDenseWeight(CpuWeight):
     """A matrix [N, K] in the activations' own type, in panels of 32 columns."""
 
     def __init__(self, kernels: LinearKernels, tensor: torch.Tensor) -> None:
+        super().__init__(kernels)
         self.shape = tensor.shape
         self.dtype = tensor.dtype
-        self._kernels = kernels
         n, k = tensor.shape
         inputs = k + k % 2 if tensor.dtype == torch.bfloat16 else k
         self._data = torch.empty(_padded(n) * inputs, dtype=tensor.dtype)
@@ -86,13 +124,11 @@ class CpuDenseWeight(Weight):
     def nbytes(self) -> int:
         return self._data.nbytes
 
-    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def linear_into(self, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
         runtime, (n, k) = self._kernels.runtime, self.shape
         _check_input(x, k, self.dtype, bias)
-        y = runtime.empty((x.shape[0], n), self.dtype)
-        pointers = (runtime.ptr(x), x.stride(0), runtime.ptr(y), n, runtime.ptr(bias))
+        pointers = (runtime.ptr(x), x.stride(0), runtime.ptr(y), y.stride(0), runtime.ptr(bias))
         self._kernels.linear_dense(*pointers, x.shape[0], DTYPES[self.dtype], runtime.ptr(self._data), n, k)
-        return y
 
     def embedding(self, ids: torch.Tensor) -> torch.Tensor:
         runtime, k = self._kernels.runtime, self.shape[1]
@@ -102,7 +138,7 @@ class CpuDenseWeight(Weight):
         return y
 
 
-class CpuQuantizedWeight(Weight):
+class CpuQuantizedWeight(CpuWeight):
     """A matrix [N, K] of 4- or 8-bit codes with grouped scales and, if it has them, minima.
 
     levels: for 4-bit codes 0..15 that index a table (NF4, FP4, IQ4_NL), the 16 values they stand for; in int8 mode they are
@@ -110,9 +146,9 @@ class CpuQuantizedWeight(Weight):
     """
 
     def __init__(self, kernels: LinearKernels, packed: PackedWeight, dtype: torch.dtype, levels: Sequence[float] | None = None) -> None:
+        super().__init__(kernels)
         self.shape = packed.shape
         self.dtype = dtype
-        self._kernels = kernels
         n, k = packed.shape
         bits = 4 if packed.scheme.element == "int4" else 8
         int8 = kernels.activation == "int8"
@@ -155,13 +191,11 @@ class CpuQuantizedWeight(Weight):
     def nbytes(self) -> int:
         return self._panels.nbytes
 
-    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        runtime, (n, k) = self._kernels.runtime, self.shape
+    def linear_into(self, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+        runtime, k = self._kernels.runtime, self.shape[1]
         _check_input(x, k, self.dtype, bias)
-        y = runtime.empty((x.shape[0], n), self.dtype)
-        pointers = (runtime.ptr(x), x.stride(0), runtime.ptr(y), n, runtime.ptr(bias))
+        pointers = (runtime.ptr(x), x.stride(0), runtime.ptr(y), y.stride(0), runtime.ptr(bias))
         self._kernels.linear_quantized(*pointers, x.shape[0], DTYPES[self.dtype], runtime.ptr(self._struct))
-        return y
 
     def embedding(self, ids: torch.Tensor) -> torch.Tensor:
         runtime = self._kernels.runtime

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from minfer.kernels.ops import Backend, Weight
+from minfer.kernels.ops import Backend, StackedWeight, Weight
 from minfer.kernels.reference.attention import attention
 from minfer.kernels.reference.elementwise import act_mul, argmax, rms_norm, rotary, write_kv
 from minfer.kernels.reference.linear import DenseWeight, DequantizedWeight
@@ -32,3 +34,7 @@ class ReferenceBackend(Backend):
         if weight.dtype != dtype:
             return f"a {weight.dtype} matrix can't multiply {dtype} activations; cast it first"
         return DenseWeight(weight)
+
+    def stack(self, parts: Sequence[Weight]) -> Weight:
+        dense = [part.tensor for part in parts if isinstance(part, DenseWeight)]
+        return DenseWeight(torch.cat(dense)) if len(dense) == len(parts) else StackedWeight(parts)
