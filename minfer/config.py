@@ -21,6 +21,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Quant = Literal["auto", "none"]
 Activations = Literal["auto", "int8", "none"]
 PolicyName = Literal["fcfs", "priority"]
+Speculative = Literal["none", "ngram"]
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -59,6 +60,12 @@ class EngineConfig:
     max_prefill_chunk: int | None = option(None, "Most prompt tokens one sequence may take from a step (default: the whole budget).")
     prefix_caching: bool = option(True, "Keep the KV of finished prompts and reuse it for requests that begin the same way.")
     policy: PolicyName = option("fcfs", "Order of admission and preemption: fcfs, or priority (lower runs first).")
+    speculative: Speculative = option(
+        "none", "Guess tokens ahead and check them in one step: ngram copies what followed the same words earlier in the text."
+    )
+    num_draft_tokens: int = option(8, "Most tokens guessed ahead for one sequence.")
+    ngram_min_match: int = option(3, "Tokens that must agree before ngram copies what followed them.")
+    adaptive_drafts: bool = option(True, "Draft only as many tokens as pay at the measured acceptance and step times; off: always all.")
     seed: int | None = option(None, "Seed for requests that bring none (default: fresh entropy for each).")
 
     def __post_init__(self) -> None:
@@ -70,10 +77,11 @@ class EngineConfig:
             ("quant", Quant),
             ("activations", Activations),
             ("policy", PolicyName),
+            ("speculative", Speculative),
         ):
             if getattr(self, name) not in get_args(kind):
                 self._fail(name, f"must be one of {', '.join(get_args(kind))}")
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "num_draft_tokens", "ngram_min_match"):
             self._at_least_one(name)
         for name in ("threads", "max_model_len", "kv_cache_memory", "max_prefill_chunk"):
             if getattr(self, name) is not None:

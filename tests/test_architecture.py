@@ -29,6 +29,7 @@ ROOMS = [
     "runner",
     "sampling",
     "scheduler",
+    "speculative",
     "engine",
     "server",
     "cli",

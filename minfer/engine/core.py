@@ -1,6 +1,8 @@
 """`EngineCore`: the loop. Token ids in, token ids out; it knows no text, no clock and no threads.
 
 decide what to run  ->  run it  ->  sample  ->  remember
+
+With speculation, "sample" gives a token for every drafted position too, and "remember" keeps those that turned out right.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ import torch
 
 from minfer.runner import BatchBuilder, LoadedModel, ModelRunner, RowSpan
 from minfer.runner.graphs import Graph, can_capture, capture
-from minfer.sampling import LogitsProcessor, RowLogprobs, Sampler, SamplerOutput, prompt_logprobs
+from minfer.sampling import LogitsProcessor, RowLogprobs, Sampler, SamplerOutput, SamplingRow, prompt_logprobs
 from minfer.scheduler import Request, ScheduledRequest, Scheduler, SchedulerOutput, create_policy
+from minfer.speculative import DraftRow, Speculation, accepted, create_speculation
 
 # Rows of logits scored at a time for prompt log-probabilities: 256 x 128k vocabulary in float32 is 128 MiB.
 SCORING_ROWS = 256
@@ -36,11 +39,13 @@ class StepTimes:
 
 @dataclass(slots=True)
 class CoreOutput:
-    """What one step did to one request: its new token, and scores of prompt tokens from a position on, where asked for."""
+    """What one step did to one request: its new tokens (several where drafts were right), each with its scores where asked
+    for, and scores of prompt tokens from a position on.
+    """
 
     request: Request
-    token_id: int | None = None
-    logprobs: RowLogprobs | None = None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[RowLogprobs | None] = field(default_factory=list)
     prompt_logprobs: Scores | None = None
 
 
@@ -67,6 +72,7 @@ class EngineCore:
         builder = BatchBuilder(config.max_num_batched_tokens, config.max_num_seqs, loaded.max_model_len, config.block_size, loaded.device)
         self.runner = ModelRunner(loaded.model, loaded.cache, builder, _graph(loaded) if config.graphs else None)
         self.sampler = Sampler(loaded.model_config.vocab_size, loaded.device, processors, loaded.ops.argmax)
+        self.speculation = create_speculation(config)
         self.times = StepTimes()
 
     @torch.inference_mode()
@@ -81,25 +87,55 @@ class EngineCore:
         built = self.runner.build_seconds
         hidden = self.runner.run(spans, plan.copies)  # [S, H], the rows that spans ask for
         scores = self._score_prompts(plan, spans, hidden)
-        sampling, at = _sampling_rows(plan, spans)
+        rows, at = _sampling_rows(plan, spans)
         logits = self.runner.logits(hidden if len(at) == len(hidden) else hidden[at])
         t2 = time.perf_counter()
-        sampled = self.sampler.sample(logits, sampling)
+        sampled = self.sampler.sample(logits, rows)
         t3 = time.perf_counter()
-        step = self._remember(plan, sampling, sampled, scores)
+        step = self._remember(plan, sampled, scores)
+        if self.speculation is not None:
+            self._speculate(self.speculation, plan, t3 - t1)
         self._count(t1 - t0, self.runner.build_seconds - built, t2 - t1, t3 - t2, time.perf_counter() - t3)
         return step
 
-    def _remember(self, plan: SchedulerOutput, sampling: list[Request], sampled: SamplerOutput, scores: dict[Request, Scores]) -> CoreStep:
-        failed = [sampling[row] for row in sampled.failed]
+    def _remember(self, plan: SchedulerOutput, sampled: SamplerOutput, scores: dict[Request, Scores]) -> CoreStep:
+        outputs, failed = self._verify(plan, sampled)
         for request in failed:
             self.scheduler.finish(request, "error")
-        rows = zip(sampling, sampled.token_ids, sampled.logprobs, strict=True)
-        outputs = {request: CoreOutput(request, token, logprobs) for request, token, logprobs in rows if not request.finished}
-        self.scheduler.update(plan, {request: output.token_id for request, output in outputs.items() if output.token_id is not None})
+        said = {request: len(request.output_token_ids) for request in outputs}
+        self.scheduler.update(plan, {request: output.token_ids for request, output in outputs.items()})
+        for request, output in outputs.items():
+            taken = len(request.output_token_ids) - said[request]  # what follows a token that ends the request was never said
+            del output.token_ids[taken:], output.logprobs[taken:]
         for request, score in scores.items():
             outputs.setdefault(request, CoreOutput(request)).prompt_logprobs = score
         return CoreStep([item.request for item in plan.scheduled], list(outputs.values()), failed)
+
+    def _verify(self, plan: SchedulerOutput, sampled: SamplerOutput) -> tuple[dict[Request, CoreOutput], list[Request]]:
+        """Each request's new tokens, and the requests for which there was no distribution to draw one of them from."""
+        outputs: dict[Request, CoreOutput] = {}
+        failed = []
+        row = 0
+        for item in plan.scheduled:
+            if not item.samples:
+                continue
+            request, start = item.request, row
+            row += 1 + len(item.drafts)
+            kept = start + 1 + accepted(item.drafts, sampled.token_ids[start:row])
+            if request.finished:
+                continue
+            if any(start <= bad < kept for bad in sampled.failed):
+                failed.append(request)
+                continue
+            outputs[request] = CoreOutput(request, sampled.token_ids[start:kept], sampled.logprobs[start:kept])
+            if item.drafts and self.speculation is not None:
+                self.speculation.verified(request, len(item.drafts), kept - start - 1)
+        return outputs, failed
+
+    def _speculate(self, speculation: Speculation, plan: SchedulerOutput, seconds: float) -> None:
+        if all(item.samples and item.num_new_tokens == 1 + len(item.drafts) for item in plan.scheduled):
+            speculation.costs.observe(plan.num_tokens, seconds)
+        speculation.draft(self.scheduler.running)
 
     def _score_prompts(self, plan: SchedulerOutput, spans: list[RowSpan], hidden: torch.Tensor) -> dict[Request, Scores]:
         """Log-probabilities of the prompt tokens that this step's tokens predict, for the requests that want them."""
@@ -147,17 +183,19 @@ def _wants_scores(item: ScheduledRequest) -> bool:
 
 
 def _span(item: ScheduledRequest) -> RowSpan:
-    logits = item.num_new_tokens if _wants_scores(item) else int(item.samples)
-    return RowSpan(item.request, item.start, item.num_new_tokens, logits)
+    logits = item.num_new_tokens if _wants_scores(item) else (1 + len(item.drafts) if item.samples else 0)
+    return RowSpan(item.request, item.start, item.num_new_tokens, logits, item.drafts)
 
 
-def _sampling_rows(plan: SchedulerOutput, spans: list[RowSpan]) -> tuple[list[Request], list[int]]:
-    """The requests that get a token, and which of the step's hidden rows decides it: the last of their span."""
-    requests, rows = [], []
+def _sampling_rows(plan: SchedulerOutput, spans: list[RowSpan]) -> tuple[list[SamplingRow], list[int]]:
+    """What to draw, and which of the step's hidden rows decides it: after a request's last token, and after each draft."""
+    rows: list[SamplingRow] = []
+    at: list[int] = []
     row = 0
     for item, span in zip(plan.scheduled, spans, strict=True):
         row += span.logits
         if item.samples:
-            requests.append(item.request)
-            rows.append(row - 1)
-    return requests, rows
+            rows.append(item.request)
+            rows += (DraftRow(item.request, item.drafts[: count + 1]) for count in range(len(item.drafts)))
+            at += range(row - 1 - len(item.drafts), row)
+    return rows, at

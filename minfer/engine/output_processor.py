@@ -119,29 +119,40 @@ class OutputProcessor:
             start, scores = output.prompt_logprobs
             del group.prompt_logprobs[start:]  # a preempted prompt is scored again from the start
             group.prompt_logprobs += [self._position(score) for score in scores]
-        if output.token_id is None:
+        if not output.token_ids:
             return
         metrics.first_token_time = metrics.first_token_time or now
         metrics.last_token_time = now
-        metrics.num_output_tokens += 1
-        if output.logprobs is not None and sequence.logprobs is not None:
-            sequence.logprobs.append(self._position(output.logprobs))
-            sequence.cumulative_logprob = (sequence.cumulative_logprob or 0.0) + output.logprobs.logprob
-        self._say(sequence, output.token_id)
-        if sequence.stops.matched is not None:
-            if request.finished:  # by the same token that ran into max_tokens: the text is complete, so it was a stop
-                request.finish_reason, request.stop_reason = "stop", sequence.stops.matched
-            else:
-                finish(request, "stop", sequence.stops.matched)
+        said = len(request.output_token_ids) - len(output.token_ids)
+        for token, score in zip(output.token_ids, output.logprobs, strict=True):
+            said += 1
+            metrics.num_output_tokens += 1
+            if score is not None and sequence.logprobs is not None:
+                sequence.logprobs.append(self._position(score))
+                sequence.cumulative_logprob = (sequence.cumulative_logprob or 0.0) + score.logprob
+            self._say(sequence, token, said)
+            if sequence.stops.matched is not None:
+                self._stop(request, sequence.stops.matched, said, finish)
+                break
         if request.finished:
             self._close(group, sequence)
 
-    def _say(self, sequence: _Sequence, token: int) -> None:
+    def _stop(self, request: Request, matched: str, said: int, finish: Finish) -> None:
+        """Ends a request whose `said`-th token completed a stop string; what a right guess brought after it was never said."""
+        if request.finished:  # by the same token that ran into max_tokens, or by one after it
+            request.finish_reason, request.stop_reason = "stop", matched
+        else:
+            finish(request, "stop", matched)
+        request.cut(said)
+
+    def _say(self, sequence: _Sequence, token: int, said: int) -> None:
+        """`said`: which of the output's tokens it is, from 1."""
         request, params = sequence.request, sequence.request.params
-        silent = request.finish_reason == "stop" and not params.include_stop_str_in_output  # a stop token is not part of the text
+        ends = request.finish_reason == "stop" and said == len(request.output_token_ids)
+        silent = ends and not params.include_stop_str_in_output  # a stop token is not part of the text
         piece = "" if silent or sequence.detokenizer is None else sequence.detokenizer.append((token,))
         # Stop strings count only once min_tokens have been said.
-        sequence.text.append(sequence.stops.feed(piece) if len(request.output_token_ids) >= params.min_tokens else piece)
+        sequence.text.append(sequence.stops.feed(piece) if said >= params.min_tokens else piece)
 
     def _close(self, group: _Group, sequence: _Sequence) -> None:
         if sequence.closed:

@@ -29,12 +29,13 @@ class BatchRow(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RowSpan:
-    """Tokens `start : start + count` of a row; `logits` of the last of them (1), of all (count), or of none (0)."""
+    """Tokens `start : start + count` of a row followed by `drafts`; logits are wanted of the last `logits` of them."""
 
     row: BatchRow
     start: int
     count: int
     logits: int
+    drafts: Sequence[int] = ()
 
 
 class _Buffers:
@@ -78,7 +79,7 @@ class BatchBuilder:
                 into["positions"][tokens] = start
                 into["slots"][tokens] = table[start // size] * size + start % size
             else:
-                into["token_ids"][tokens:here] = span.row.token_ids[start:end]
+                into["token_ids"][tokens:here] = [*span.row.token_ids[start:end], *span.drafts]
                 positions = np.arange(start, end)
                 into["positions"][tokens:here] = positions
                 into["slots"][tokens:here] = into["block_tables"][r][positions // size].astype(np.int64) * size + positions % size

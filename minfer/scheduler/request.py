@@ -47,6 +47,7 @@ class Request:
 
     output_token_ids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(init=False)
+    draft_token_ids: list[int] = field(default_factory=list)  # guesses of the next tokens, for the next step only
     num_computed_tokens: int = 0
     blocks: list[int] = field(default_factory=list)  # the block table
     status: RequestStatus = RequestStatus.WAITING
@@ -81,6 +82,11 @@ class Request:
     def append(self, token: int) -> None:
         self.token_ids.append(token)
         self.output_token_ids.append(token)
+
+    def cut(self, count: int) -> None:
+        """Takes back all output after its first `count` tokens; only for a request that is finished."""
+        del self.output_token_ids[count:]
+        del self.token_ids[self.num_prompt_tokens + count :]
 
     def why_finished(self) -> tuple[FinishReason, int | None] | None:
         """Whether the newest token ends the request, and which stop token did it. Stop strings are the engine's business."""

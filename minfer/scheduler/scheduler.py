@@ -8,7 +8,9 @@ There is no prefill mode and no decode mode. Every request has some tokens left 
     2. If nobody had to be preempted, waiting requests are admitted in the same order, as long as the blocks for all their
        tokens are free. A prefix that is cached is not computed again.
 
-Chunked prefill, mixing prompts with generation, prefix hits and (later) speculative drafts are all this one rule.
+A request that has drafts (guesses of its next tokens, see `speculative/`) is a request with more tokens to compute: it brings
+as many as budget and blocks have over after everyone's own. Chunked prefill, mixing prompts with generation, prefix hits and
+drafts are all this one rule.
 
 When blocks run out, the last request in policy order is preempted: its blocks are released, its tokens are kept, and it
 goes back to its place in the queue to be recomputed (usually from the prefix cache, if its blocks have not been taken). That
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from minfer.scheduler.block_pool import BlockPool
@@ -31,16 +33,17 @@ from minfer.scheduler.request import FinishReason, Request, RequestStatus
 
 @dataclass(slots=True)
 class ScheduledRequest:
-    """`num_new_tokens` of a request's tokens, from `start`, to go through the model in this step."""
+    """`num_new_tokens` of a request's tokens, from `start`, to go through the model in this step; `drafts` are the last of them."""
 
     request: Request
     start: int
     num_new_tokens: int
+    drafts: Sequence[int] = ()
 
     @property
     def samples(self) -> bool:
-        """Whether the last of them is the request's last, so that its logits give the next token."""
-        return self.start + self.num_new_tokens == self.request.num_tokens
+        """Whether they reach the request's last token, so that its logits give the next one."""
+        return self.start + self.num_new_tokens - len(self.drafts) == self.request.num_tokens
 
 
 @dataclass(slots=True)
@@ -115,23 +118,26 @@ class Scheduler:
         self.stats.num_copied_blocks += len(output.copies)
         return output
 
-    def update(self, output: SchedulerOutput, sampled: Mapping[Request, int]) -> list[Request]:
-        """The step has run: advances its requests by what was computed and sampled. Returns those that are now finished."""
+    def update(self, output: SchedulerOutput, sampled: Mapping[Request, Sequence[int]]) -> list[Request]:
+        """The step has run: advances its requests by what was computed and sampled. Returns those that are now finished.
+
+        A request gets one token, or with drafts those it accepted and one more; what follows a token that ends it is dropped.
+        """
         self.stats.num_steps += 1
         finished = []
         for item in output.scheduled:
             request = item.request
             if request.finished:  # aborted while the step ran
                 continue
-            request.num_computed_tokens += item.num_new_tokens
             self.stats.num_computed_tokens += item.num_new_tokens
+            request.num_computed_tokens += item.num_new_tokens - len(item.drafts)
+            reason = self._append(request, sampled.get(request, ()))
             self._publish(request)
-            if request in sampled:
-                request.append(sampled[request])
-                reason = request.why_finished()
-                if reason is not None:
-                    self.finish(request, *reason)
-                    finished.append(request)
+            if reason is not None:
+                self.finish(request, *reason)
+                finished.append(request)
+            elif item.drafts:
+                self._give_back(request)
         return finished
 
     def finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
@@ -166,12 +172,39 @@ class Scheduler:
             request = self.running[position]
             behind = len(self.running) - position - 1
             count = min(request.num_left, self.max_prefill_chunk, budget - behind)
+            drafts = self._take_drafts(request, budget - behind - count, behind) if count == request.num_left else []
+            count += len(drafts)
             if not self._make_room(request, count, output):
                 break  # it was last in order, and preempted itself
-            output.scheduled.append(ScheduledRequest(request, request.num_computed_tokens, count))
+            output.scheduled.append(ScheduledRequest(request, request.num_computed_tokens, count, drafts))
             budget -= count
             position += 1
         return budget
+
+    def _take_drafts(self, request: Request, budget: int, behind: int) -> list[int]:
+        """The drafts that fit in what is over: of the budget, of the request's length, and of blocks nobody behind it may need."""
+        drafts, request.draft_token_ids = request.draft_token_ids, []
+        if not drafts:
+            return drafts
+        blocks = len(request.blocks) + max(0, self.pool.num_free - behind)
+        room = min(budget, request.max_total_tokens - request.num_tokens - 1, blocks * self.block_size - request.num_tokens)
+        return drafts[: max(0, room)]
+
+    def _append(self, request: Request, tokens: Sequence[int]) -> tuple[FinishReason, int | None] | None:
+        """Appends sampled tokens up to one that ends the request; the KV of all but the newest is there already."""
+        for index, token in enumerate(tokens):
+            request.append(token)
+            request.num_computed_tokens += index > 0
+            reason = request.why_finished()
+            if reason is not None:
+                return reason
+        return None
+
+    def _give_back(self, request: Request) -> None:
+        """Frees the blocks that only rejected drafts were in: taking a guess back is a length, and this."""
+        keep = self._blocks_for(request.num_tokens)
+        self.pool.release(request.blocks[keep:])
+        del request.blocks[keep:]
 
     def _make_room(self, request: Request, count: int, output: SchedulerOutput) -> bool:
         """Gives a running request the blocks for `count` more tokens, preempting from the end of the order if it must."""
@@ -300,6 +333,7 @@ class Scheduler:
     def _preempt(self, victim: Request, output: SchedulerOutput) -> None:
         self.running.remove(victim)
         self._release(victim)
+        victim.draft_token_ids = []
         victim.num_preemptions += 1
         output.preempted.append(victim)
         self._enqueue(victim)

@@ -7,6 +7,7 @@ once: attention over the table must find exactly the sequence's own tokens.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable, Sequence
 
 from minfer.sampling_params import SamplingParams
 from minfer.scheduler import Request, Scheduler, create_policy
@@ -30,6 +31,7 @@ class FakeEngine:
         self.scheduler = Scheduler(num_blocks=num_blocks, block_size=block_size, policy=create_policy(policy), **options)  # type: ignore[arg-type]
         self.memory: dict[int, int] = {}  # slot -> token
         self.requests: list[Request] = []
+        self.drafts: Callable[[list[int]], list[int]] = lambda tokens: []  # what to guess after these tokens
         self.computed_per_step: list[dict[str, int]] = []
 
     def add(self, prompt: list[int], max_tokens: int, *, n: int = 1, priority: int = 0, salt: object = None) -> list[Request]:
@@ -64,22 +66,36 @@ class FakeEngine:
                 self.memory[target * size + offset] = self.memory.get(source * size + offset, -1)
         written: set[int] = set()
         for item in plan.scheduled:
+            tokens = [*item.request.token_ids, *item.drafts]
             for position in range(item.start, item.start + item.num_new_tokens):
                 slot = item.request.blocks[position // size] * size + position % size
                 assert slot not in written, "two tokens of a step in one slot"
                 written.add(slot)
-                self.memory[slot] = item.request.token_ids[position]
+                self.memory[slot] = tokens[position]
         sampled = {}
         for item in plan.scheduled:
             request, end = item.request, item.start + item.num_new_tokens
+            tokens = [*request.token_ids, *item.drafts]
             seen = [self.memory.get(request.blocks[p // size] * size + p % size) for p in range(end)]
-            assert seen == request.token_ids[:end], f"{request.request_id} reads KV that is not its own"
+            assert seen == tokens[:end], f"{request.request_id} reads KV that is not its own"
             if item.samples:
-                sampled[request] = next_token(request.token_ids)
+                sampled[request] = self._verified(request.token_ids, item.drafts)
         self.computed_per_step.append({item.request.request_id: item.num_new_tokens for item in plan.scheduled})
         scheduler.update(plan, sampled)
         scheduler.check_integrity()
+        for request in scheduler.running:
+            if request.num_left == 1:
+                request.draft_token_ids = self.drafts(request.token_ids)
         return bool(plan.scheduled)
+
+    def _verified(self, tokens: list[int], drafts: Sequence[int]) -> list[int]:
+        """The model's tokens after `tokens`, for as long as the drafts say the same, and one more."""
+        kept = [next_token(tokens)]
+        for draft in drafts:
+            if draft != kept[-1]:
+                break
+            kept.append(next_token([*tokens, *kept]))
+        return kept
 
     def run(self, limit: int = 10_000) -> None:
         for _ in range(limit):

@@ -16,6 +16,12 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
     return [random.Random(seed * 1000 + i).randrange(50) for i in range(length)]
 
 
+def guesses(tokens: list[int], right: int, count: int) -> list[int]:
+    """`count` drafts after `tokens`, of which the first `right` are what the fake model will say and the next is not."""
+    truth = expected_output(tokens, count)
+    return [token if depth < right else (token + 1) % 50 for depth, token in enumerate(truth)]
+
+
 def test_a_request_gets_its_tokens_and_leaves_nothing_behind() -> None:
     engine = FakeEngine(num_blocks=16)
     (request,) = engine.add(prompt_of(7), 5)
@@ -231,6 +237,7 @@ actions = st.lists(
     chunk=st.one_of(st.none(), st.integers(1, 10)),
     policy=st.sampled_from(["fcfs", "priority"]),
     prefix_caching=st.booleans(),
+    right=st.sampled_from([None, 0, 2, 9]),
 )
 def test_any_sequence_of_add_step_abort_keeps_every_invariant(
     script: list[tuple[object, ...]],
@@ -241,8 +248,12 @@ def test_any_sequence_of_add_step_abort_keeps_every_invariant(
     chunk: int | None,
     policy: str,
     prefix_caching: bool,
+    right: int | None,
 ) -> None:
-    """Prompts come from few families, so that prefixes, forks and eviction all occur; `FakeEngine.step` checks what is read."""
+    """Prompts come from few families, so that prefixes, forks and eviction all occur; `FakeEngine.step` checks what is read.
+
+    Nine drafts a step, the first `right` of them right, or none at all.
+    """
     num_blocks = max(num_blocks, -(-42 // block_size))
     engine = FakeEngine(
         num_blocks=num_blocks,
@@ -253,6 +264,8 @@ def test_any_sequence_of_add_step_abort_keeps_every_invariant(
         max_prefill_chunk=chunk,
         prefix_caching=prefix_caching,
     )
+    if right is not None:
+        engine.drafts = lambda tokens: guesses(tokens, right, 9)
     aborted = set()
     for action in script:
         if action[0] == "add":
@@ -274,3 +287,44 @@ def test_any_sequence_of_add_step_abort_keeps_every_invariant(
     pool = engine.scheduler.pool
     assert pool.num_used == 0
     assert all(pool.references(block) == 0 for block in range(pool.num_blocks))
+
+
+@pytest.mark.parametrize(("right", "steps"), [(0, 12), (1, 7), (3, 4), (4, 4)])
+def test_right_drafts_save_steps_and_wrong_ones_cost_none(right: int, steps: int) -> None:
+    """The first of 12 tokens comes with the prompt; each later step gives one token and what was guessed right."""
+    engine = FakeEngine(num_blocks=64)
+    engine.drafts = lambda tokens: guesses(tokens, right, 4)
+    (request,) = engine.add(prompt_of(7), 12)
+    engine.run()
+    assert request.output_token_ids == expected_output(prompt_of(7), 12)
+    assert engine.scheduler.stats.num_steps == steps
+    assert request.draft_token_ids == [] or request.finished
+
+
+def test_blocks_that_only_rejected_drafts_were_in_are_free_after_the_step() -> None:
+    engine = FakeEngine(num_blocks=64, block_size=1)
+    engine.drafts = lambda tokens: guesses(tokens, 2, 20)
+    engine.add(prompt_of(3), 40)
+    engine.step()
+    engine.step()
+    assert engine.scheduler.pool.num_used == 7  # 3 of the prompt, 1 + 2 + 1 of the output; the last is not computed yet
+    assert engine.computed_per_step[-1] == {"r0": 21}
+
+
+def test_drafts_take_neither_budget_nor_blocks_that_others_need() -> None:
+    engine = FakeEngine(num_blocks=12, block_size=4, max_num_batched_tokens=12)
+    engine.drafts = lambda tokens: guesses(tokens, 0, 30)
+    for seed in range(3):
+        engine.add(prompt_of(4, seed), 9)
+    engine.run()
+    assert engine.scheduler.stats.num_preemptions == 0
+    assert all(sum(step.values()) <= 12 and len(step) == 3 for step in engine.computed_per_step)
+
+
+def test_drafts_end_where_the_request_ends() -> None:
+    engine = FakeEngine(num_blocks=64)
+    engine.drafts = lambda tokens: guesses(tokens, 30, 30)
+    (request,) = engine.add(prompt_of(7), 6)
+    engine.run()
+    assert len(request.output_token_ids) == 6
+    assert [step["r0"] for step in engine.computed_per_step] == [7, 5]

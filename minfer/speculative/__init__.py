@@ -1,0 +1,12 @@
+"""Speculative decoding: guess the next tokens cheaply, check the guesses in one pass through the model.
+
+A decode step reads every weight to produce one token. Checking k guesses reads the same weights once and may produce k + 1,
+so wherever memory is the bottleneck the guesses are almost free (Leviathan et al., arXiv 2211.17192). A *proposer* guesses,
+`verify.py` accepts so that the output is what it would have been without, `policy.py` decides how many guesses pay.
+To the scheduler a draft is "more tokens for this request", and nothing else in the engine knows of it.
+"""
+
+from minfer.speculative.speculation import Speculation, SpeculationStats, create_speculation
+from minfer.speculative.verify import DraftRow, accepted
+
+__all__ = ["DraftRow", "Speculation", "SpeculationStats", "accepted", "create_speculation"]

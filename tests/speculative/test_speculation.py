@@ -1,0 +1,213 @@
+"""Speculation changes nothing but the number of steps: outputs token for token those of plain decoding, greedy and sampled.
+
+Proposers that are always, never and sometimes right stand in for the real ones where it matters how right they are.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from minfer import LLM, SamplingParams
+from minfer.engine.outputs import CompletionOutput
+from minfer.errors import ConfigError
+from minfer.sampling import Sampler
+from minfer.scheduler import Request
+from minfer.speculative import DraftRow, accepted
+from minfer.speculative.speculation import Speculation
+
+BASE: dict[str, Any] = {"dtype": "float32", "threads": 1, "max_model_len": 256, "kv_cache_memory": 2**22}
+SPECULATIVE: dict[str, Any] = {"speculative": "ngram", "num_draft_tokens": 5, "ngram_min_match": 1, "adaptive_drafts": False}
+
+
+def prompt_of(length: int, family: int) -> list[int]:
+    """Full of repetitions, so that prompt lookup has something to find."""
+    rng = random.Random(family)
+    words = [[rng.randrange(3, 500) for _ in range(rng.randrange(1, 6))] for _ in range(6)]
+    tokens: list[int] = []
+    while len(tokens) < length:
+        tokens += rng.choice(words)
+    return tokens[:length]
+
+
+PARAMS = (
+    SamplingParams(temperature=0, max_tokens=24, ignore_eos=True),
+    SamplingParams(temperature=0.3, seed=7, max_tokens=20, ignore_eos=True),
+    SamplingParams(temperature=0.8, top_p=0.9, top_k=50, repetition_penalty=1.2, seed=3, max_tokens=12, ignore_eos=True),
+    SamplingParams(temperature=0, frequency_penalty=0.4, presence_penalty=0.1, max_tokens=24, min_tokens=5, logprobs=2),
+    SamplingParams(temperature=0.5, seed=5, n=2, max_tokens=10, ignore_eos=True, prompt_logprobs=1),
+    SamplingParams(temperature=0, max_tokens=30, logit_bias={17: 4.0, 18: 3.5}, bad_word_token_ids=((17, 18),)),
+)
+
+Ask = tuple[int, int, int]  # prompt length, family, which of PARAMS
+
+
+def said(completion: CompletionOutput) -> tuple[Any, ...]:
+    scores = [{t: pytest.approx(s.logprob, abs=1e-5) for t, s in p.items()} for p in completion.logprobs or []]
+    return completion.token_ids, completion.text, completion.finish_reason, completion.stop_reason, scores
+
+
+@pytest.fixture(scope="module", params=["reference", "cpu"])
+def plain(request: pytest.FixtureRequest, tiny_llama: Path) -> LLM:
+    return LLM(str(tiny_llama), prefix_caching=False, backend=request.param, **BASE)
+
+
+def ask(llm: LLM, batch: Sequence[Ask]) -> list[list[CompletionOutput]]:
+    prompts = [{"prompt_token_ids": prompt_of(length, family)} for length, family, _ in batch]
+    outputs = llm.generate(prompts, [PARAMS[kind] for *_, kind in batch], use_tqdm=False)
+    assert llm.engine.core.scheduler.pool.num_used == 0
+    return [output.outputs for output in outputs]
+
+
+asks = st.lists(st.tuples(st.integers(1, 120), st.integers(0, 2), st.integers(0, len(PARAMS) - 1)), min_size=1, max_size=6)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    batch=asks,
+    block_size=st.sampled_from([1, 4, 16]),
+    budget=st.sampled_from([8, 17, 2048]),
+    seats=st.sampled_from([1, 3, 8]),
+    tight=st.booleans(),
+    prefix_caching=st.booleans(),
+    adaptive=st.booleans(),
+)
+def test_outputs_are_those_of_plain_decoding(
+    plain: LLM,
+    tiny_llama: Path,
+    batch: list[Ask],
+    block_size: int,
+    budget: int,
+    seats: int,
+    tight: bool,
+    prefix_caching: bool,
+    adaptive: bool,
+) -> None:
+    llm = LLM(
+        str(tiny_llama),
+        **{
+            **BASE,
+            **SPECULATIVE,
+            "backend": plain.engine.config.backend,
+            "adaptive_drafts": adaptive,
+            "max_model_len": 160,
+            "block_size": block_size,
+            "max_num_batched_tokens": budget,
+            "max_num_seqs": seats,
+            "prefix_caching": prefix_caching,
+            "kv_cache_memory": 2 * 2 * 2 * 16 * 4 * (192 if tight else 2048),
+        },
+    )
+    for ours, theirs in zip(ask(llm, batch), (ask(plain, [one])[0] for one in batch), strict=True):
+        assert [said(completion) for completion in ours] == [said(completion) for completion in theirs]
+
+
+def test_repetition_is_found_and_saves_steps(tiny_llama: Path) -> None:
+    llm = LLM(str(tiny_llama), **BASE, **SPECULATIVE)
+    (first,) = ask(llm, [(60, 0, 0)])
+    speculation, steps = llm.engine.core.speculation, llm.engine.core.scheduler.stats.num_steps
+    assert speculation is not None
+    stats = speculation.stats
+    assert stats.num_accepted_tokens > 0
+    assert sum(stats.accepted_at) == stats.num_accepted_tokens <= stats.num_draft_tokens
+    assert steps == len(first[0].token_ids) - stats.num_accepted_tokens
+    assert stats.mean_accepted_length == 1 + stats.num_accepted_tokens / stats.num_drafts
+
+
+class Oracle:
+    """Guesses from a known continuation: all of it right, none of it, or every third token wrong."""
+
+    def __init__(self, request: Request, truth: list[int], kind: str) -> None:
+        self.request, self.truth, self.kind = request, truth, kind
+
+    def continuation(self, count: int) -> list[int]:
+        at = len(self.request.output_token_ids)
+        right = self.truth[at : at + count]
+        wrong = {"always": lambda n: False, "never": lambda n: True, "sometimes": lambda n: n % 3 == 2}[self.kind]
+        return [(token + 1) % 500 if wrong(at + i) else token for i, token in enumerate(right)]
+
+
+def oracle_llm(tiny_llama: Path, truth: list[int], kind: str, monkeypatch: pytest.MonkeyPatch) -> LLM:
+    llm = LLM(str(tiny_llama), **BASE, **SPECULATIVE)
+    monkeypatch.setattr(Speculation, "_drafter", lambda self, request: Oracle(request, truth, kind))
+    return llm
+
+
+@pytest.mark.parametrize("kind", ["always", "never", "sometimes"])
+@pytest.mark.parametrize("params", PARAMS[:4], ids=str)
+def test_a_proposer_may_be_right_or_wrong(
+    plain: LLM, tiny_llama: Path, kind: str, params: SamplingParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = {"prompt_token_ids": prompt_of(40, 1)}
+    truth = plain.generate(prompt, params, use_tqdm=False)[0].outputs[0]
+    llm = oracle_llm(tiny_llama, truth.token_ids, kind, monkeypatch)
+    (output,) = llm.generate(prompt, params, use_tqdm=False)
+    assert said(output.outputs[0]) == said(truth)
+    stats = llm.engine.core.speculation.stats  # type: ignore[union-attr]
+    rate = stats.num_accepted_tokens / stats.num_draft_tokens
+    assert (rate == 0) if kind == "never" else (rate == 1) if kind == "always" else (0 < rate < 1)
+
+
+def test_a_stop_string_in_the_middle_of_right_drafts_ends_the_text_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"dtype": "float32", "max_model_len": 256, "kv_cache_memory": 2**25}
+    prompt, params = "1, 2, 3, 4, 5, 6,", SamplingParams(temperature=0, max_tokens=24)
+    slow, fast = LLM("smollm2-135m", **options), LLM("smollm2-135m", **options, **SPECULATIVE)
+    truth = slow.generate(prompt, params, use_tqdm=False)[0].outputs[0]
+    monkeypatch.setattr(Speculation, "_drafter", lambda self, request: Oracle(request, truth.token_ids, "always"))
+    middle = truth.text[len(truth.text) // 2 :][:2]
+    for stop in (SamplingParams(temperature=0, max_tokens=24, stop=[middle], include_stop_str_in_output=keep) for keep in (False, True)):
+        ours, theirs = (llm.generate(prompt, stop, use_tqdm=False)[0].outputs[0] for llm in (fast, slow))
+        assert said(ours) == said(theirs)
+        assert ours.stop_reason == middle
+    assert fast.engine.core.scheduler.pool.num_used == 0
+
+
+@pytest.mark.parametrize(
+    ("drafts", "drawn", "count"), [([], [5], 0), ([1, 2], [1, 2, 9], 2), ([1, 2], [1, 3, 9], 1), ([1, 2], [2, 2, 9], 0)]
+)
+def test_drafts_stand_up_to_the_first_wrong_one(drafts: list[int], drawn: list[int], count: int) -> None:
+    assert accepted(drafts, drawn) == count
+
+
+@pytest.mark.parametrize("draft", [0, 3, 7])
+def test_a_verified_position_has_the_models_distribution(draft: int) -> None:
+    """Chi-square over 100,000 seeds: the token at a drafted position, accepted or not, is distributed as the logits say.
+
+    Position 0 is the draft's own, position 1 the one behind it, whose logits here are others.
+    """
+    size, count = 8, 100_000
+    torch.manual_seed(draft)
+    logits = torch.randn(2, size) * 1.5
+    params = SamplingParams(temperature=0.9, max_tokens=10)
+    first: Counter[int] = Counter()
+    second: Counter[int] = Counter()
+    sampler = Sampler(size)
+    for start in range(0, count, 5000):
+        requests = [
+            Request(request_id=str(seed), prompt_token_ids=[1, 2], params=params, max_total_tokens=12, seed=seed * 7919)
+            for seed in range(start, start + 5000)
+        ]
+        rows = [row for request in requests for row in (request, DraftRow(request, [draft]))]
+        tokens = sampler.sample(logits.repeat(5000, 1), rows).token_ids
+        for index in range(5000):
+            drawn = tokens[2 * index : 2 * index + 2]
+            first[drawn[0]] += 1
+            if accepted([draft], drawn):
+                second[drawn[1]] += 1
+    for row, counts in enumerate((first, second)):
+        expected = torch.softmax(logits[row].double() / 0.9, -1) * sum(counts.values())
+        chi_square = sum((counts[token] - float(e)) ** 2 / float(e) for token, e in enumerate(expected))
+        assert chi_square < 29.9  # 7 degrees of freedom: one in 10,000, and the seeds are fixed
+
+
+def test_an_unknown_method_is_refused(tiny_llama: Path) -> None:
+    with pytest.raises(ConfigError, match="speculative must be one of none, ngram"):
+        LLM(str(tiny_llama), **BASE, speculative="crystal-ball")
