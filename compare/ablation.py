@@ -22,7 +22,7 @@ from compare import machine
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "cpu-ablation.md"
-BEGIN, END = "<!-- ablation:begin -->\n", "<!-- ablation:end -->"
+BEGIN, END = "<!-- generated:begin -->\n", "<!-- generated:end -->"
 
 # What is switched on, line by line; each line keeps what the lines above it brought, where the two can go together.
 VARIANTS: dict[str, str] = {

@@ -17,7 +17,7 @@ from minfer.runner import BatchBuilder, LoadedModel, ModelRunner, RowSpan
 from minfer.runner.graphs import Graph, can_capture, capture
 from minfer.sampling import LogitsProcessor, RowLogprobs, Sampler, SamplerOutput, SamplingRow, prompt_logprobs
 from minfer.scheduler import Request, ScheduledRequest, Scheduler, SchedulerOutput, create_policy
-from minfer.speculative import DraftRow, Speculation, accepted, create_speculation
+from minfer.speculative import DraftRow, accepted, create_speculation
 
 # Rows of logits scored at a time for prompt log-probabilities: 256 x 128k vocabulary in float32 is 128 MiB.
 SCORING_ROWS = 256
@@ -92,9 +92,11 @@ class EngineCore:
         t2 = time.perf_counter()
         sampled = self.sampler.sample(logits, rows)
         t3 = time.perf_counter()
+        if self.speculation is not None and all(item.decodes for item in plan.scheduled):
+            self.speculation.costs.observe(plan.num_tokens, t3 - t1)
         step = self._remember(plan, sampled, scores)
         if self.speculation is not None:
-            self._speculate(self.speculation, plan, t3 - t1)
+            self.speculation.draft(self.scheduler.running)
         self._count(t1 - t0, self.runner.build_seconds - built, t2 - t1, t3 - t2, time.perf_counter() - t3)
         return step
 
@@ -131,11 +133,6 @@ class EngineCore:
             if item.drafts and self.speculation is not None:
                 self.speculation.verified(request, len(item.drafts), kept - start - 1)
         return outputs, failed
-
-    def _speculate(self, speculation: Speculation, plan: SchedulerOutput, seconds: float) -> None:
-        if all(item.samples and item.num_new_tokens == 1 + len(item.drafts) for item in plan.scheduled):
-            speculation.costs.observe(plan.num_tokens, seconds)
-        speculation.draft(self.scheduler.running)
 
     def _score_prompts(self, plan: SchedulerOutput, spans: list[RowSpan], hidden: torch.Tensor) -> dict[Request, Scores]:
         """Log-probabilities of the prompt tokens that this step's tokens predict, for the requests that want them."""

@@ -33,7 +33,10 @@ from minfer.scheduler.request import FinishReason, Request, RequestStatus
 
 @dataclass(slots=True)
 class ScheduledRequest:
-    """`num_new_tokens` of a request's tokens, from `start`, to go through the model in this step; `drafts` are the last of them."""
+    """`num_new_tokens` of a request's tokens, from `start`, to go through the model in this step; `drafts` are the last of them.
+
+    What it says of itself holds until `update`, which moves the request on.
+    """
 
     request: Request
     start: int
@@ -44,6 +47,11 @@ class ScheduledRequest:
     def samples(self) -> bool:
         """Whether they reach the request's last token, so that its logits give the next one."""
         return self.start + self.num_new_tokens - len(self.drafts) == self.request.num_tokens
+
+    @property
+    def decodes(self) -> bool:
+        """Whether they are the request's newest token and its drafts, and nothing that a prompt has left over."""
+        return self.samples and self.num_new_tokens == 1 + len(self.drafts)
 
 
 @dataclass(slots=True)

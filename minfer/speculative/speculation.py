@@ -38,6 +38,10 @@ class SpeculationStats:
         """Tokens per verified draft, the model's own one included."""
         return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else 1.0
 
+    def snapshot(self) -> dict[str, int]:
+        """The counters as they are now, to subtract from later ones."""
+        return {"drafts": self.num_drafts, "draft_tokens": self.num_draft_tokens, "accepted_tokens": self.num_accepted_tokens}
+
 
 @dataclass(slots=True)
 class _State:

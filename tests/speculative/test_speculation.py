@@ -22,6 +22,7 @@ from minfer.errors import ConfigError
 from minfer.sampling import Sampler
 from minfer.scheduler import Request
 from minfer.speculative import DraftRow, accepted
+from minfer.speculative.policy import CostModel
 from minfer.speculative.speculation import Speculation
 
 BASE: dict[str, Any] = {"dtype": "float32", "threads": 1, "max_model_len": 256, "kv_cache_memory": 2**22}
@@ -120,6 +121,16 @@ def test_repetition_is_found_and_saves_steps(tiny_llama: Path) -> None:
     assert sum(stats.accepted_at) == stats.num_accepted_tokens <= stats.num_draft_tokens
     assert steps == len(first[0].token_ids) - stats.num_accepted_tokens
     assert stats.mean_accepted_length == 1 + stats.num_accepted_tokens / stats.num_drafts
+
+
+def test_the_cost_of_decode_steps_is_measured_and_prompt_chunks_are_left_out(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(str(tiny_llama), **BASE, **SPECULATIVE, max_prefill_chunk=7)
+    seen: list[int] = []
+    monkeypatch.setattr(CostModel, "observe", lambda self, num_tokens, seconds: seen.append(num_tokens))
+    ask(llm, [(60, 0, 0)])
+    stats = llm.engine.core.speculation.stats  # type: ignore[union-attr]
+    assert len(seen) == 23 - stats.num_accepted_tokens
+    assert sum(seen) == len(seen) + stats.num_draft_tokens
 
 
 class Oracle:
