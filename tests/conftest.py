@@ -14,6 +14,9 @@ import torch
 # Two cores are shared by everything here: one thread a test is faster than two that wait for each other.
 torch.set_num_threads(1)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Where there is no GPU, Triton's kernels are tested under its interpreter. It must be told before anyone imports it; transformers does.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog. Numbers: 1 2 3 45 678, signs: +-*/ (a) [b] {c}.",

@@ -15,7 +15,7 @@ from minfer.kernels.reference import ReferenceBackend
 __all__ = ["Backend", "Ops", "Weight", "select_ops"]
 
 logger = logging.getLogger("minfer.kernels")
-BACKENDS = ("auto", "cpu", "reference")
+BACKENDS = ("auto", "triton", "cpu", "reference")
 
 
 def select_ops(
@@ -33,6 +33,10 @@ def select_ops(
     if backend == "reference":
         return Ops([ReferenceBackend()], dtype)
     backends: list[Backend] = []
+    if backend == "triton" or (backend == "auto" and device.type == "cuda"):
+        triton = _triton(device, dtype, required=backend == "triton")
+        if triton is not None:
+            return Ops([triton, *([ReferenceBackend()] if backend == "auto" else [])], dtype)
     # Imported where used: a machine that serves from a GPU may have no compiled kernels, and need not load them.
     from minfer.kernels.cpu import FLOATS, CpuBackend
     from minfer.kernels.cpu.library import LibraryMissingError
@@ -48,6 +52,20 @@ def select_ops(
     elif backend == "cpu":
         raise ConfigError(f"backend cpu computes on device cpu in float32, bfloat16 or float16, not on {device} in {dtype}")
     return Ops([*backends, *([ReferenceBackend()] if backend == "auto" else [])], dtype)
+
+
+def _triton(device: torch.device, dtype: torch.dtype, required: bool) -> Backend | None:
+    try:
+        from minfer.kernels.triton import TritonBackend
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "triton":
+            raise
+        message = "backend triton needs the triton package: pip install 'minfer[triton]'"
+        if required:
+            raise ConfigError(message) from error
+        _warn_once(f"using plain torch on {device}, which is several times slower: {message}")
+        return None
+    return TritonBackend(device, dtype)
 
 
 @functools.cache

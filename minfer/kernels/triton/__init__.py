@@ -1,0 +1,79 @@
+"""The Triton backend: one set of kernels for CUDA and ROCm, and for any machine under Triton's interpreter.
+
+One file a kernel, each with its wrapper, which checks what the kernel takes for granted. README.md says how they are tested where
+there is no GPU. Importing this package needs the extra `triton`, and does no device work.
+
+What isn't here yet is declined: a matrix that no kernel multiplies by is dequantised by the op table, which says so in the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton.knobs
+
+from minfer.batch import Batch
+from minfer.errors import ConfigError
+from minfer.kernels.ops import Backend, StackedWeight, Weight
+from minfer.kernels.triton.act_mul import act_mul
+from minfer.kernels.triton.argmax import argmax
+from minfer.kernels.triton.attention import attention
+from minfer.kernels.triton.checks import FLOATS
+from minfer.kernels.triton.linear_dense import TritonDenseWeight
+from minfer.kernels.triton.rms_norm import rms_norm
+from minfer.kernels.triton.rotary import rotary
+from minfer.kernels.triton.write_kv import write_kv
+from minfer.kvcache import LayerCache
+from minfer.quant import PackedWeight
+
+
+class TritonBackend(Backend):
+    """The kernels for one device. `processors`: how many the device has, which decides how finely small work is split."""
+
+    name = "triton"
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, processors: int | None = None) -> None:
+        """Raises ConfigError for a device or type that the kernels can't run on."""
+        if dtype not in FLOATS:
+            raise ConfigError(f"backend triton computes in float32, bfloat16 or float16, not {dtype}")
+        if device.type == "cpu" and not triton.knobs.runtime.interpret:
+            raise ConfigError("backend triton needs a CUDA or ROCm device; on a CPU it runs under its interpreter only: TRITON_INTERPRET=1")
+        if triton.knobs.runtime.interpret and dtype == torch.bfloat16:
+            raise ConfigError("Triton's interpreter computes bfloat16 products wrongly; use --dtype float32 or float16 with it")
+        self.device = device
+        self.processors = processors or _processors(device)
+
+    rms_norm = staticmethod(rms_norm)
+    rotary = staticmethod(rotary)
+    write_kv = staticmethod(write_kv)
+    act_mul = staticmethod(act_mul)
+    argmax = staticmethod(argmax)
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        cache: LayerCache,
+        batch: Batch,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        return attention(q, cache, batch, scale, window, softcap, processors=self.processors)
+
+    def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
+        if isinstance(weight, PackedWeight):
+            return f"there is no product with {weight.scheme.name} matrices yet"
+        if weight.dtype != dtype:
+            return f"a {weight.dtype} matrix can't multiply {dtype} activations; cast it first"
+        return TritonDenseWeight(weight.to(self.device).contiguous())
+
+    def stack(self, parts: Sequence[Weight]) -> Weight:
+        dense = [part.tensor for part in parts if isinstance(part, TritonDenseWeight)]
+        return TritonDenseWeight(torch.cat(dense)) if len(dense) == len(parts) else StackedWeight(parts)
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # the interpreter runs programs one by one; any small number keeps the paths of a GPU
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,118 @@
+"""The ragged paged attention kernel against the reference in float64: every head size and ratio, every edge of a tile and a block."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernels.batches import make_batch, make_cache
+from kernels.devices import DEVICE, DTYPES, close, moved, on_device, randn
+
+from minfer.errors import ConfigError
+from minfer.kernels.reference import ReferenceBackend
+from minfer.kernels.triton.attention import attention
+from minfer.kvcache import LayerCache
+
+MIXED = ((1, 37), (20, 20), (0, 5), (5, 70), (1, 1))  # decode, prompt, nothing new, chunk, first token
+
+
+def check(lengths, heads, kv_heads, dim, dtype, *, block_size=16, window=None, softcap=None, splits=None, dirty=False) -> None:  # type: ignore[no-untyped-def]
+    blocks = sum(-(-total // block_size) for _, total in lengths) + 1
+    batch, cache = make_batch(lengths, block_size, blocks), make_cache(blocks, kv_heads, block_size, dim, dtype)
+    q = randn(batch.num_tokens, heads + 1, dim, dtype=dtype)[:, :heads]
+    exact = LayerCache(cache.k.double(), cache.v.double())
+    expected = ReferenceBackend().attention(q.cpu().double(), exact, batch, dim**-0.5, window, softcap)
+    if dirty:  # slots that no request wrote may hold anything
+        cache = LayerCache(*(pages.masked_fill(_unwritten(batch, pages), float("nan")) for pages in (cache.k, cache.v)))
+    got = attention(q, on_device(cache), moved(batch), dim**-0.5, window, softcap, processors=4, splits=splits)
+    close(got, expected)
+
+
+def _unwritten(batch, pages: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    written = torch.zeros(pages.shape[0] * pages.shape[2], dtype=torch.bool)
+    for table, total in zip(batch.block_tables.long(), batch.seq_lens_host, strict=True):
+        at = torch.arange(total)
+        written[table[at // pages.shape[2]] * pages.shape[2] + at % pages.shape[2]] = True
+    return ~written.view(pages.shape[0], 1, pages.shape[2], 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(4, 2, 64), (3, 1, 80), (2, 2, 96), (8, 1, 128), (5, 1, 256), (7, 1, 16), (6, 1, 10)]
+)
+def test_heads(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+    check(MIXED, heads, kv_heads, dim, dtype)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(5, None), (1, None), (33, None), (1000, None), (None, 3.0), (7, 3.0)])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_window_and_softcap(window: int | None, softcap: float | None, splits: int) -> None:
+    check(MIXED, 4, 2, 32, torch.float32, window=window, softcap=softcap, splits=splits)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize("total", [1, 15, 16, 17, 63, 64, 65, 127, 129])
+def test_single_tokens_at_the_edges(total: int, splits: int) -> None:
+    check([(1, total), (1, 3)], 2, 1, 16, torch.float16, splits=splits, dirty=True)
+
+
+@pytest.mark.parametrize(("new", "total"), [(15, 15), (16, 16), (17, 17), (63, 64), (64, 64), (65, 65), (2, 65), (33, 97)])
+def test_prompts_and_chunks_at_the_edges(new: int, total: int) -> None:
+    check([(new, total)], 2, 1, 16, torch.float16, dirty=True)
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 128])
+def test_blocks_smaller_and_larger_than_a_tile(block_size: int) -> None:
+    check(MIXED, 2, 1, 16, torch.float32, block_size=block_size, dirty=True)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 60)), min_size=1, max_size=5),
+    group=st.integers(1, 8),
+    splits=st.sampled_from([None, 1, 2]),
+    window=st.sampled_from([None, 3, 40]),
+)
+def test_any_batch(lengths: list[tuple[int, int]], group: int, splits: int | None, window: int | None) -> None:
+    lengths = [(1, 1), *((new, new + old) for new, old in lengths if new + old)]
+    check(lengths, group, 1, 16, torch.float32, splits=splits, window=window, dirty=True)
+
+
+def test_many_processors_split_a_long_context() -> None:
+    batch, cache = moved(make_batch([(1, 600)], 64, 10)), on_device(make_cache(10, 1, 64, 16, torch.float32))
+    q = randn(1, 2, 16)
+    one, many = (attention(q, cache, batch, 0.25, processors=n) for n in (1, 8))
+    torch.testing.assert_close(one, many, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(one, many)  # three partial sums, added in another order
+
+
+def test_offsets_beyond_32_bits() -> None:
+    blocks = 2**31 // (16 * 64) + 9
+    shape = (blocks, 1, 16, 64)
+    far = LayerCache(*(torch.empty(shape, dtype=torch.float16, device=DEVICE) for _ in range(2)))
+    near = on_device(make_cache(2, 1, 16, 64, torch.float16))
+    batch = moved(make_batch([(1, 20)], 16, 2))
+    q = randn(1, 1, 64, dtype=torch.float16)
+    batch.block_tables[0] = torch.tensor([0, 1])
+    expected = attention(q, near, batch, 0.125, processors=4)
+    batch.block_tables[0] = torch.tensor([3, blocks - 1])
+    for page, place in ((0, 3), (1, blocks - 1)):
+        far.k[place], far.v[place] = near.k[page], near.v[page]
+    assert torch.equal(attention(q, far, batch, 0.125, processors=4), expected)
+
+
+def test_nothing_to_do() -> None:
+    cache, batch = on_device(make_cache(2, 1, 16, 64, torch.float16)), moved(make_batch([], 16, 2))
+    assert attention(randn(0, 1, 64, dtype=torch.float16), cache, batch, 1.0, processors=4).shape == (0, 1, 64)
+
+
+def test_what_it_refuses() -> None:
+    cache, batch = on_device(make_cache(2, 2, 16, 64, torch.float16)), moved(make_batch([(1, 3)], 16, 2))
+    with pytest.raises(ConfigError, match="3 query heads can't share 2 KV heads"):
+        attention(randn(1, 3, 64, dtype=torch.float16), cache, batch, 1.0, processors=4)
+    with pytest.raises(ConfigError, match="up to 256 values, not 512"):
+        attention(randn(1, 2, 512, dtype=torch.float16), cache, batch, 1.0, processors=4)
+    batch.seq_lens = batch.seq_lens.long()
+    with pytest.raises(ConfigError, match=r"seq_lens must be contiguous torch.int32"):
+        attention(randn(1, 2, 64, dtype=torch.float16), cache, batch, 1.0, processors=4)

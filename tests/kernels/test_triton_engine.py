@@ -1,0 +1,63 @@
+"""The whole engine on the Triton kernels, and which engines get them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kernels.devices import DEVICE
+
+from minfer import LLM, SamplingParams
+from minfer.errors import ConfigError
+from minfer.kernels import select_ops
+
+PROMPTS = [[5, 9, 200, 17], list(range(40, 63)), [7]]
+GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+
+
+def tokens(folder: Path, backend: str, **settings: Any) -> list[list[int]]:
+    options = {"dtype": "float32", "device": DEVICE.type, "max_model_len": 128, "kv_cache_memory": 2**20, **settings}
+    llm = LLM(str(folder), backend=backend, **options)
+    if backend == "triton":
+        assert set(llm.engine.core.loaded.ops.chosen.values()) == {"triton"}
+    return [output.outputs[0].token_ids for output in llm.generate([{"prompt_token_ids": p} for p in PROMPTS], GREEDY, use_tqdm=False)]
+
+
+def test_an_engine_says_what_the_reference_says(tiny_llama: Path) -> None:
+    expected = tokens(tiny_llama, "reference")
+    assert tokens(tiny_llama, "triton", max_prefill_chunk=9, block_size=4) == expected
+
+
+def test_with_windows_biases_and_a_tied_head(make_checkpoint: Callable[..., Path]) -> None:
+    folder = make_checkpoint("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1, tie_word_embeddings=True)
+    assert tokens(folder, "triton") == tokens(folder, "reference")
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="about machines without a GPU")
+def test_on_a_cpu_only_the_interpreter_runs_them() -> None:
+    with pytest.raises(ConfigError, match="computes bfloat16 products wrongly"):
+        select_ops(DEVICE, torch.bfloat16, "triton")
+    code = "import torch; from minfer.kernels import select_ops; select_ops(torch.device('cpu'), torch.float32, 'triton')"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert "ConfigError: backend triton needs a CUDA or ROCm device" in done.stderr
+
+
+def test_without_the_package_the_extra_is_named() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from minfer.kernels import select_ops; select_ops(torch.device('cpu'), torch.float32, 'triton')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert "pip install 'minfer[triton]'" in done.stderr
+
+
+def test_types_it_does_not_compute_in() -> None:
+    with pytest.raises(ConfigError, match=r"not torch.float64"):
+        select_ops(DEVICE, torch.float64, "triton")
