@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from minfer.engine.outputs import RequestOutput as RequestOutput
     from minfer.errors import MinferError as MinferError
     from minfer.sampling_params import SamplingParams as SamplingParams
+    from minfer.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ _HOME = {
     "MinferError": "minfer.errors",
     "RequestOutput": "minfer.engine.outputs",
     "SamplingParams": "minfer.sampling_params",
+    "StructuredOutputsParams": "minfer.structured_outputs",
 }
 __all__ = [*_HOME, "__version__"]
 

@@ -1,8 +1,8 @@
 """`SamplingParams`: how one request wants its tokens picked. Field names and defaults are vLLM's, so scripts carry over.
 
 Order of the stages (engines differ, so ours is written down): logit bias, bad words and min-tokens masks, then repetition,
-presence and frequency penalties, temperature, top-k, top-p, min-p, typical-p. Log-probabilities are those of the raw
-logits, before any stage.
+presence and frequency penalties, the mask of the structured output, temperature, top-k, top-p, min-p, typical-p.
+Log-probabilities are those of the raw logits, before any stage.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
 from minfer.errors import RequestError
+from minfer.structured_outputs import StructuredOutputsParams
 
 MAX_LOGPROBS = 20  # OpenAI's own limit; more would make every step copy a large part of the vocabulary to the host
 MAX_STOP = 16
@@ -50,8 +51,10 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
-    # Filled by the engine, which alone knows the tokenizer: `bad_words` as token-id sequences.
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
+    # Filled by the engine, which alone knows the tokenizer: `bad_words` as token-id sequences, `structured_outputs` compiled.
     bad_word_token_ids: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
+    grammar: object = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # the one place where a frozen instance normalises itself
@@ -86,6 +89,18 @@ class SamplingParams:
             if not isinstance(getattr(self, name), bool):
                 self._fail(name, "must be true or false")
         self._check_lists()
+        if self.structured_outputs is not None:
+            put(self, "structured_outputs", self._structured(self.structured_outputs))
+
+    def _structured(self, wish: StructuredOutputsParams | Mapping[str, Any]) -> StructuredOutputsParams:
+        if isinstance(wish, Mapping):
+            wish = StructuredOutputsParams.from_mapping(wish)
+        if not isinstance(wish, StructuredOutputsParams):
+            self._fail("structured_outputs", "must be StructuredOutputsParams or a mapping of its fields")
+        for name in ("bad_words", "min_tokens"):  # together they could leave nothing to pick
+            if getattr(self, name):
+                raise RequestError(f"{name} can't be combined with structured output; leave it out", param=name)
+        return wish
 
     def _tuple(self, name: str) -> tuple[Any, ...]:
         """A list field's value as a tuple; a bare string is refused, for it would become a list of its letters."""
@@ -115,7 +130,7 @@ class SamplingParams:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> SamplingParams:
         """Builds one from a caller's dictionary, refusing names that are not fields."""
-        known = {f.name for f in fields(cls)} - {"bad_word_token_ids"}
+        known = {f.name for f in fields(cls)} - {"bad_word_token_ids", "grammar"}
         unknown = sorted(set(values) - known)
         if unknown:
             raise RequestError(f"unknown sampling parameter {unknown[0]!r}; known are {', '.join(sorted(known))}", param=unknown[0])

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "minfer"
 ROOMS = [
     "errors",
     "config",
+    "structured_outputs",
     "sampling_params",
     "batch",
     "kvcache",
@@ -28,6 +29,7 @@ ROOMS = [
     "models",
     "runner",
     "sampling",
+    "guided",
     "scheduler",
     "speculative",
     "engine",
@@ -94,7 +96,7 @@ import importlib, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, numpy, safetensors.torch, tokenizers  # with all that they bring along
 extras = {{"typer", "click", "rich", "jinja2", "gguf", "huggingface_hub", "sentencepiece", "fastapi", "starlette", "uvicorn", "pydantic",
-          "prometheus_client", "httpx", "triton", "transformers", "openai"}}
+          "prometheus_client", "httpx", "llguidance", "jsonschema", "triton", "transformers", "openai"}}
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in extras and name not in sys.modules:

@@ -8,6 +8,7 @@ outputs to the event loop in one call. With nothing to do the thread sleeps on i
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import queue
 import threading
@@ -20,7 +21,9 @@ from minfer.engine.engine import Engine
 from minfer.engine.input_processor import Prompt
 from minfer.engine.outputs import OutputKind, RequestOutput
 from minfer.errors import EngineDeadError, MinferError
+from minfer.guided.compiler import COMPILE_SECONDS, took_too_long
 from minfer.sampling_params import SamplingParams
+from minfer.structured_outputs import StructuredOutputsParams
 from minfer.tokenizer import Tokenizer
 
 logger = logging.getLogger("minfer.engine")
@@ -83,6 +86,7 @@ class AsyncLLM:
         request_id = request_id or uuid.uuid4().hex
         # Tokenising a long prompt takes milliseconds: neither the event loop nor the engine's thread waits for it.
         text, ids = await asyncio.to_thread(self.engine.inputs.tokenize, prompt)
+        sampling_params = await self.prepare(sampling_params)
         stream = _Stream(asyncio.get_running_loop())
 
         def add() -> None:
@@ -105,6 +109,21 @@ class AsyncLLM:
     async def abort(self, request_id: str) -> None:
         """Ends a request; whoever reads its stream gets a last output with finish_reason "abort"."""
         self._send(lambda: self._deliver(self.engine.abort([request_id])))
+
+    async def prepare(self, params: SamplingParams) -> SamplingParams:
+        """The parameters with their structured output compiled, which is done while the engine and the event loop go on.
+
+        `generate` does it too; who wants the RequestError earlier calls this first.
+        """
+        if not isinstance(params.structured_outputs, StructuredOutputsParams) or params.grammar is not None:
+            return params
+        compiling = asyncio.wrap_future(self.engine.inputs.grammars.submit(params.structured_outputs))
+        try:
+            # Shielded: others may wait for the same grammar.
+            grammar = await asyncio.wait_for(asyncio.shield(compiling), COMPILE_SECONDS)
+        except asyncio.TimeoutError as error:
+            raise took_too_long() from error
+        return dataclasses.replace(params, grammar=grammar)
 
     def shutdown(self) -> None:
         """Stops the thread after the step it is in; requests in flight get an EngineDeadError. Idempotent."""

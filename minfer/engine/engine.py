@@ -17,6 +17,7 @@ from minfer.engine.input_processor import InputProcessor, Prompt
 from minfer.engine.output_processor import OutputProcessor
 from minfer.engine.outputs import OutputKind, RequestOutput
 from minfer.errors import EngineDeadError, RequestError
+from minfer.guided import GrammarMasks
 from minfer.loader import resolve_tokenizer
 from minfer.runner import LoadedModel, load_model
 from minfer.sampling import LogitsProcessor, PaddedVocabulary
@@ -31,7 +32,8 @@ class Engine:
         self.tokenizer = tokenizer
         padded = tokenizer is not None and tokenizer.vocab_size < loaded.model_config.vocab_size
         own = [PaddedVocabulary(tokenizer.vocab_size)] if padded and tokenizer is not None else []
-        self.core = EngineCore(loaded, [*own, *processors])
+        self.grammar_masks = GrammarMasks()
+        self.core = EngineCore(loaded, [*own, *processors, self.grammar_masks])  # the grammar has the last word
         self.inputs = InputProcessor(loaded.config, loaded.model_config, tokenizer)
         self.outputs = OutputProcessor(tokenizer)
         self._death: BaseException | None = None

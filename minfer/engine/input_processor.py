@@ -13,9 +13,11 @@ from typing import Any
 
 from minfer.config import EngineConfig, ModelConfig
 from minfer.errors import RequestError
+from minfer.guided import Grammar, GrammarCompiler
 from minfer.sampling import derive_seed
 from minfer.sampling_params import SamplingParams
 from minfer.scheduler import Request
+from minfer.structured_outputs import StructuredOutputsParams
 from minfer.tokenizer import Tokenizer
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
@@ -30,6 +32,7 @@ class InputProcessor:
         eos = tokenizer.eos_token_ids if tokenizer is not None else ()
         self.eos_token_ids = tuple(dict.fromkeys((*model.eos_token_ids, *eos)))
         self.tokenizer = tokenizer
+        self.grammars = GrammarCompiler(tokenizer, self.eos_token_ids)
         self._arrivals = itertools.count()
 
     def tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
@@ -66,6 +69,8 @@ class InputProcessor:
         limit = self.max_model_len
         if params.max_tokens is not None:
             limit = min(limit, len(ids) + params.max_tokens)
+        if isinstance(params.structured_outputs, StructuredOutputsParams) and not isinstance(params.grammar, Grammar):
+            params = dataclasses.replace(params, grammar=self.grammars.compile(params.structured_outputs))
         if params.bad_words:
             params = dataclasses.replace(params, bad_word_token_ids=self._bad_word_ids(params.bad_words))
         root_seed = params.seed if params.seed is not None else self.default_seed

@@ -4,7 +4,8 @@ options.py      ServerOptions: what a user can set, from which the flags are mad
 run.py          serve(): socket, loading in the background, signals, draining; startup.py: the first screen
 app.py          create_app(): the routes; middleware.py: request ids, API key, body size; errors.py: OpenAI's error bodies
 slot.py         ModelSlot: where the model is, or will be
-protocol.py     request bodies; job.py: a checked request; generation.py: a job in the engine, its outputs and usage
+protocol.py     request bodies; structured.py: the form of the output in its many spellings
+job.py          a checked request; generation.py: a job in the engine, its outputs and usage
 chat.py completions.py logprobs.py   the two endpoints and their response shapes
 sse.py connection.py                 event streams, and clients that leave
 

@@ -64,6 +64,12 @@ class Generation:
             "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
         }
 
+    def _failed(self) -> ApiError:
+        if self.job.params.grammar is not None:
+            message = "no token could be chosen: the grammar became too complex at this point; simplify the schema, or shorten the output"
+            return ApiError(400, message, code="grammar_too_complex")
+        return ApiError(500, "the model's output was not a number (NaN) for this request", code="model_error")
+
     async def _one(self, index: int, kind: OutputKind) -> AsyncGenerator[RequestOutput, None]:
         job = self.job
         # Our own id, not the client's x-request-id: two clients may choose the same.
@@ -84,7 +90,7 @@ class Generation:
             if completion.finish_reason == "abort":
                 raise ApiError(503, "the request was ended because the server is shutting down", code="shutting_down")
             if completion.finish_reason == "error":
-                raise ApiError(500, "the model's output was not a number (NaN) for this request", code="model_error")
+                raise self._failed()
             if self.job.score_only:
                 _forget(completion)
             self._completion_tokens += len(completion.token_ids)

@@ -18,6 +18,7 @@ from minfer.errors import RequestError
 from minfer.sampling_params import SamplingParams
 from minfer.server.options import ServerOptions
 from minfer.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from minfer.server.structured import STRUCTURED_FIELDS, in_field, structured_outputs
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions; a chat reply may be as long as the context allows
 # Arguments of the chat template that have request fields of their own.
@@ -45,7 +46,7 @@ async def chat_job(llm: AsyncLLM, request: ChatCompletionRequest, options: Serve
     """Raises RequestError, for the messages as for anything else."""
     request.check()
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    params = request.sampling_params(max_tokens=request.token_limit, logprobs=logprobs, prompt_logprobs=request.prompt_logprobs)
+    params = await _params(llm, request, max_tokens=request.token_limit, logprobs=logprobs, prompt_logprobs=request.prompt_logprobs)
     prompt = await asyncio.to_thread(_apply_template, llm, request)
     return _job("chatcmpl", llm, request, params, [prompt], options)
 
@@ -57,13 +58,25 @@ async def completion_job(llm: AsyncLLM, request: CompletionRequest, options: Ser
     prompt_logprobs = request.prompt_logprobs
     if request.echo and request.logprobs is not None:
         prompt_logprobs = max(prompt_logprobs or 0, request.logprobs)
-    params = request.sampling_params(max_tokens=1 if score_only else limit, logprobs=request.logprobs, prompt_logprobs=prompt_logprobs)
+    limit = 1 if score_only else limit
+    params = await _params(llm, request, max_tokens=limit, logprobs=request.logprobs, prompt_logprobs=prompt_logprobs)
     prompts = _split_prompts(request.prompt)
     if len(prompts) * params.n > options.max_request_sequences:  # before the work of tokenising them
         raise _too_many_sequences(len(prompts), params.n, options)
     special = request.add_special_tokens is not False
     tokenized = await asyncio.to_thread(lambda: [_tokenize(llm, prompt, special) for prompt in prompts])
     return _job("cmpl", llm, request, params, tokenized, options, score_only)
+
+
+async def _params(llm: AsyncLLM, request: GenerationRequest, **overrides: Any) -> SamplingParams:
+    """Sampling parameters with the form of the output compiled, so that a schema that can't be used is refused here."""
+    form, field_name = structured_outputs({name: getattr(request, name) for name in STRUCTURED_FIELDS})
+    try:
+        return await llm.prepare(request.sampling_params(**overrides, structured_outputs=form))
+    except RequestError as error:
+        if error.param != "structured_outputs" or field_name is None:
+            raise
+        raise in_field(error, field_name) from error
 
 
 def _job(

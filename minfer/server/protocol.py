@@ -26,15 +26,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "structural_tag": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "grammar": ("",),
-    "json_schema": (),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -140,6 +132,16 @@ class GenerationRequest(_Body):
     prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
 
+    # Forms of the output, see structured.py.
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    json_schema: str | dict[str, Any] | None = None
+    grammar: str | None = None
+
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
@@ -166,7 +168,7 @@ class GenerationRequest(_Body):
             raise RequestError("prompt_logprobs can't be streamed; set stream to false", param="prompt_logprobs")
 
     def sampling_params(self, **overrides: Any) -> SamplingParams:
-        """`overrides` are max_tokens, logprobs and prompt_logprobs, which the endpoints read differently."""
+        """`overrides` are what the endpoints read differently: max_tokens, log-probabilities, the form of the output."""
         values = {name: getattr(self, name) for name in _SAMPLING_FIELDS if getattr(self, name) is not None}
         if self.logit_bias is not None:
             values["logit_bias"] = {_token_id(key): bias for key, bias in self.logit_bias.items()}

@@ -60,6 +60,23 @@ def test_completions(openai_client: Any) -> None:
     assert choice.logprobs.text_offset == [choice.text.index(token) for token in choice.logprobs.tokens]
 
 
+def test_structured_output(openai_client: Any) -> None:
+    from pydantic import BaseModel
+
+    class Capital(BaseModel):
+        country: str
+        city: str
+
+    parsed = openai_client.chat.completions.parse(
+        model="smollm2-135m", messages=MESSAGES, temperature=0, max_tokens=60, response_format=Capital
+    )
+    assert parsed.choices[0].message.parsed.city
+    answer = openai_client.chat.completions.create(
+        model="smollm2-135m", messages=MESSAGES, temperature=0, extra_body={"structured_outputs": {"choice": ["Paris", "Rome"]}}
+    )
+    assert answer.choices[0].message.content == "Paris"
+
+
 def test_errors(openai_client: Any) -> None:
     import openai
 

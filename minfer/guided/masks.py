@@ -1,0 +1,150 @@
+"""`GrammarMasks`: the logits processor that keeps each request inside its grammar.
+
+For each row it brings a matcher in line with the request's output, asks it which tokens may come next (a bit for each token), and sets
+all other logits to -inf. When the form is complete, what is left is the end-of-sequence token. Like the penalties' histories, a
+matcher is a cache entry found by the prompt's identity and the seed: a preempted request finds it again, and one that was dropped
+meanwhile is made anew from the output. Rows that verify drafts of a request get a matcher each, branched off the request's own.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from minfer.guided.compiler import Grammar
+from minfer.sampling import SamplingRow
+
+if TYPE_CHECKING:
+    from llguidance import LLExecutor, LLMatcher
+
+logger = logging.getLogger("minfer.guided")
+
+
+class GrammarMasks:
+    """The output must not hold tokens that other processors force against the grammar; bans beside it are refused up front."""
+
+    def __init__(self, spare_matchers: int = 256) -> None:
+        self._spare = spare_matchers
+        self._followers: OrderedDict[tuple[int, int, int], _Follower] = OrderedDict()
+        self._threads: LLExecutor | None = None
+        self.num_masks = 0  # counters: rows masked so far, and the seconds it took
+        self.seconds = 0.0
+
+    def __call__(self, logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+        at = [index for index, row in enumerate(rows) if row.params.grammar is not None]
+        if not at:
+            return
+        started = time.perf_counter()
+        followers: list[_Follower] = []
+        for index in at:
+            follower = self._follower(rows[index])
+            # A second row of the same request is for a later position, after drafts: the request's own matcher stays where it is.
+            followers.append(follower.branch(rows[index].output_token_ids) if follower in followers else follower)
+            if followers[-1] is follower:
+                follower.follow(rows[index].output_token_ids)
+        allowed = self._fill(followers)
+        _forbid(logits, at if len(at) < len(rows) else None, allowed)
+        while len(self._followers) > self._spare + len(at):
+            self._followers.popitem(last=False)
+        self.num_masks += len(at)
+        self.seconds += time.perf_counter() - started
+
+    def _follower(self, row: SamplingRow) -> _Follower:
+        grammar = row.params.grammar
+        assert isinstance(grammar, Grammar), "the input processor put it there"
+        key = (id(row.prompt_token_ids), row.seed, id(grammar))  # the entry keeps all three alive, so their ids stay theirs
+        follower = self._followers.get(key)
+        if follower is None:
+            follower = self._followers[key] = _Follower(grammar, row.prompt_token_ids)
+        else:
+            self._followers.move_to_end(key)
+        return follower
+
+    def _fill(self, followers: list[_Follower]) -> Tensor:
+        """[R, W] int32, on the host: bit i of a row says whether token i may come next. Zero where a matcher has failed."""
+        width = max(-(-follower.grammar.num_tokens // 32) for follower in followers)
+        bits = torch.zeros(len(followers), width, dtype=torch.int32)
+        if len(followers) == 1:
+            followers[0].matcher.unsafe_compute_mask_ptr(bits.data_ptr(), width * 4)
+        else:
+            if self._threads is None:
+                from llguidance import LLExecutor
+
+                self._threads = LLExecutor()
+            # The interpreter lock is released meanwhile, and the rows are shared among threads.
+            pairs = [(follower.matcher, index) for index, follower in enumerate(followers)]
+            self._threads.unsafe_compute_mask_ptr(pairs, bits.data_ptr(), width * 4, len(followers))
+        for index, follower in enumerate(followers):
+            if follower.astray:
+                bits[index] = -1  # behind a draft that the grammar forbids: what is drawn here is thrown away
+            elif follower.failed():
+                bits[index] = 0  # nothing may come: the sampler reports the row, and the engine ends the request
+        return bits
+
+
+class _Follower:
+    """One sequence's way through its grammar."""
+
+    def __init__(self, grammar: Grammar, prompt: Sequence[int], matcher: LLMatcher | None = None) -> None:
+        self.grammar = grammar
+        self.prompt = prompt
+        self.matcher = matcher or grammar.matcher()
+        self.astray = False  # the draft it followed left the grammar
+        self._output: list[int] = []
+        self._consumed = 0  # of the output: what follows the end is no business of the grammar
+
+    def branch(self, output: Sequence[int]) -> _Follower:
+        """A follower of this sequence's output as it would be with its drafts."""
+        other = _Follower(self.grammar, self.prompt, self.matcher.deep_copy())
+        drafts = [] if other.matcher.is_stopped() else list(output[len(self._output) :])
+        taken = other.matcher.try_consume_tokens(drafts)
+        other.astray = taken < len(drafts) and not other.matcher.is_stopped()
+        return other
+
+    def follow(self, output: Sequence[int]) -> None:
+        """Brings the matcher in line with the output, which usually has grown by one token; a rejected draft made it shorter."""
+        output = output if isinstance(output, list) else list(output)
+        same = len(self._output)
+        if output[:same] != self._output:
+            pairs = zip(self._output, output, strict=False)
+            same = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), min(same, len(output)))
+        if same < self._consumed:
+            self.matcher.rollback(self._consumed - same)
+            self._consumed = same
+        del self._output[same:]
+        for token in output[same:]:
+            self._output.append(token)
+            if not self.matcher.is_stopped():
+                self.matcher.consume_token(token)
+                self._consumed += 1
+
+    def failed(self) -> bool:
+        """Whether the matcher is at a limit. The grammar isn't given to later requests then, since its matchers share state."""
+        if not self.matcher.is_error():
+            return False
+        if not self.grammar.spoiled:
+            self.grammar.spoiled = True
+            logger.warning("a grammar stopped after %d tokens: %.300r", len(self._output), self.matcher.get_error())
+        return True
+
+
+def _forbid(logits: Tensor, at: list[int] | None, allowed: Tensor) -> None:
+    """Sets what `allowed` [R, W] doesn't name to -inf, in the rows `at` of `logits` [S, V], or in all."""
+    bits = allowed.view(torch.uint8).to(logits.device)  # [R, 4W], lowest bit first: the same order on every little-endian machine
+    known = bits[:, :, None].bitwise_and(torch.tensor([1 << n for n in range(8)], dtype=torch.uint8, device=logits.device)) == 0
+    forbidden = known.view(len(bits), -1)[:, : logits.shape[1]]
+    if forbidden.shape[1] < logits.shape[1]:  # a padded vocabulary: its ids have no text
+        more = logits.shape[1] - forbidden.shape[1]
+        forbidden = torch.nn.functional.pad(forbidden, (0, more), value=True)
+    if at is None:
+        logits.masked_fill_(forbidden, -math.inf)
+    else:
+        rows = torch.tensor(at, device=logits.device)
+        logits[rows] = logits[rows].masked_fill(forbidden, -math.inf)
