@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from compare import machine
@@ -48,7 +51,7 @@ def compare(
     against: Annotated[str, typer.Option(help="Engines, by comma; ENGINE/PRECISION fixes one; openai=URL is any server; all.")] = "",
     model: Annotated[str, typer.Option(help=f"{', '.join(MODELS)}, or an HF folder.")] = "smollm2-135m",
     precision: Annotated[str, typer.Option(help="bf16, int8, int4, fp16, fp32, q4_1, ... by comma (default: bf16,int8,int4).")] = "",
-    workload: Annotated[str, typer.Option(help=f"By comma: {', '.join(WORKLOADS)}, or all.")] = DEFAULT_WORKLOADS,
+    workload: Annotated[str, typer.Option(help=f"By comma: {', '.join(WORKLOADS)}, or all; prefill/512 is one case.")] = DEFAULT_WORKLOADS,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads, pinned (0: every physical core).")] = 0,
     repeats: Annotated[int, typer.Option(min=1, help="Repeats of every case.")] = 5,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
@@ -57,7 +60,11 @@ def compare(
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of 1,024 tokens that perplexity reads.")] = 32,
     prompts: Annotated[int, typer.Option(min=1, max=100, help="Prompts of the quality workload.")] = 100,
-    limit: Annotated[float, typer.Option(min=1, help="Seconds that one cell may take.")] = 900,
+    limit: Annotated[float, typer.Option(min=1, help="Seconds after which one cell is ended as hanging.")] = 900,
+    time_budget: Annotated[float, typer.Option(min=0, help="Minutes: repeats beyond the first are run while they fit (0: all).")] = 0,
+    case_seconds: Annotated[
+        float, typer.Option(min=0, help="Seconds that an engine's repeats of one case may take together; the first always runs (0: any).")
+    ] = 300,
     scale: Annotated[float, typer.Option(min=0.001, max=1, help="Below 1: shorter and fewer requests, to try things out.")] = 1.0,
     out: Annotated[Path | None, typer.Option(help="Folder of the results (default: results/DATE-HOST).")] = None,
     resume: Annotated[Path | None, typer.Option(help="A results folder: run what is missing there.", exists=True, file_okay=False)] = None,
@@ -79,9 +86,11 @@ def compare(
         windows=windows,
         prompts=prompts,
         limit=limit,
+        time_budget=time_budget,
+        case_seconds=case_seconds,
         scale=scale,
         here=here,
-        command=shlex.join(["python", "-m", "compare", *(text.name if text and a == str(text) else a for a in sys.argv[1:])]),
+        command=public_command(sys.argv[1:]),
     )
     folder = resume or out or Path("results") / f"{time.strftime('%Y-%m-%d')}-{machine.describe()['host']}"
     finished = run_session(asked, folder, console, resume=resume is not None)
@@ -95,6 +104,24 @@ def compare(
         raise typer.Exit(130)
 
 
+def public_command(arguments: Sequence[str]) -> str:
+    """The command as a reader would type it: without where its results went, and of every path only the last name."""
+    words: list[str] = []
+    left = iter(arguments)
+    for word in left:
+        name, _, value = word.partition("=")
+        if name in ("--out", "--resume"):
+            if not value:
+                next(left, None)
+            continue
+        is_path = os.sep in value and not value.startswith("http") and name in ("--model", "--text")
+        words.append(f"{name}={Path(value).name}" if is_path else word)
+    for index, word in enumerate(words[:-1]):
+        if word in ("--model", "--text"):
+            words[index + 1] = Path(words[index + 1]).name
+    return shlex.join(["python", "-m", "compare", *words])
+
+
 @app.command("list")
 def list_engines(
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
@@ -106,20 +133,24 @@ def list_engines(
     if as_json:
         print(json.dumps({"device": device, "engines": rows}))
         return
-    table = Table(title=f"engines on {device}", title_justify="left")
-    for column in ("engine", "state", "installed", "precisions", "batching", "logprobs", "note"):
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(
-            row["name"],
-            row["state"],
-            "yes" if row["installed"] else "",
-            " ".join(row["precisions"]),
-            row["batching"],
-            "yes" if row["scores"] else "",
-            row["note"],
-        )
-    Console().print(table)
+    out = Console()
+    for state in dict.fromkeys(sorted((row["state"] for row in rows), key=_state_order)):
+        out.print(f"[bold]{state}[/]" + (f" ({device})" if state == "runs here" else ""), highlight=False)
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+        table.add_column(no_wrap=True, min_width=15)
+        table.add_column(overflow="fold")
+        for row in rows:
+            if row["state"] == state:
+                facts = ["installed" if row["installed"] else "", " ".join(row["precisions"])]
+                facts += [f"{row['batching']} batching" if row["batching"] else "", "logprobs" if row["scores"] else ""]
+                lines = [", ".join(f for f in facts if f), f"[dim]{escape(row['note'])}[/]" if row["note"] not in ("", state) else ""]
+                table.add_row(row["name"], "\n".join(line for line in lines if line))
+        out.print(table)
+
+
+def _state_order(state: str) -> int:
+    """What runs first, what can't be had last."""
+    return next((i for i, word in enumerate(("runs here", "runs on", "through")) if state.startswith(word)), 3)
 
 
 @app.command()
@@ -178,7 +209,7 @@ def engine_row(name: str, device: str) -> dict[str, Any]:
         "url": info.url,
         "state": state,
         "installed": find_python(info, device, here=True) is not None if reason is None else False,
-        "precisions": list(info.precisions.get(device, ())),
+        "precisions": list(info.precisions.get(device, next(iter(info.precisions.values()), ()))),
         "batching": info.batching if info.adapter else "",
         "scores": info.scores,
         "note": (info.reason or (reason or "")) if reason or info.reason else info.setting,

@@ -53,6 +53,11 @@ def find_python(info: EngineInfo, device: str, *, here: bool) -> Path | None:
     return None
 
 
+def preloads(info: EngineInfo, python: Path) -> tuple[Path, ...]:
+    """The libraries that the engine's documentation wants loaded first, as far as they are installed beside its interpreter."""
+    return tuple(file for name in info.preload if (file := python.parent.parent / name).exists())
+
+
 def why_not(info: EngineInfo, device: str) -> str | None:
     """Why an engine can't be installed on this machine at all; None where it can be tried."""
     if info.reason and not info.precisions:

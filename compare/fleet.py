@@ -30,6 +30,7 @@ class Launch:
     log: Path
     cpus: tuple[int, ...]
     expected_bytes: int
+    preload: tuple[Path, ...] = ()
 
 
 class Fleet:
@@ -81,4 +82,5 @@ class Fleet:
 
 
 def start(launch: Launch) -> EngineProcess:
-    return EngineProcess(launch.module, launch.python, launch.log, cpus=launch.cpus)
+    env = {"LD_PRELOAD": ":".join(map(str, launch.preload))} if launch.preload else None
+    return EngineProcess(launch.module, launch.python, launch.log, cpus=launch.cpus, env=env)

@@ -12,7 +12,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+RANDOM = "random"  # a file of this name in a weights folder says that its values mean nothing
 DUMMY_TOKEN_TYPE = 1  # "normal" in GGUF's table of token kinds
+
+
+def write_or_share_gguf(weights: Path, out: Path, element: str) -> None:
+    """`write_gguf`, but random weights are written once, beside their source, and every engine that reads GGUF gets that file.
+
+    So the large shapes cost one quantised file, and the engines run the same bits.
+    """
+    if not (weights / RANDOM).exists():
+        write_gguf(weights, out, element)
+        return
+    shared = weights / f"{element}.gguf"
+    if not shared.exists():
+        partial = shared.with_suffix(".partial")
+        write_gguf(weights, partial, element)
+        partial.rename(shared)
+    out.symlink_to(shared.resolve())
 
 
 def write_gguf(weights: Path, out: Path, element: str, *, vocabulary: bool = False) -> None:

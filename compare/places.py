@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -31,3 +32,11 @@ def weights_of(model: str) -> Path:
 
 def reference_file(weights_hash: str) -> Path:
     return cache_root() / "reference" / f"{weights_hash}.json"
+
+
+def without_paths(text: str) -> str:
+    """A message as others may read it: this machine's own folders, which say nothing to them, become words."""
+    known = ((cache_root(), "CACHE"), (Path(__file__).resolve().parent.parent, "."), (Path.cwd(), "."), (Path.home(), "~"))
+    for folder, word in (*known, (Path(tempfile.gettempdir()), "TMP")):
+        text = text.replace(str(folder), word) if len(folder.parts) > 1 else text
+    return text

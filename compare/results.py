@@ -24,7 +24,10 @@ FORMAT = 1
 
 @dataclass
 class Cell:
-    """One engine, one case, one repeat. status: ok | failed | unsupported. busy: share of the CPUs that others used before it."""
+    """One engine, one case, one repeat. status: ok | failed | unsupported.
+
+    busy: share of the CPUs that others used before it. seconds: what it cost, warm-up included, loading not.
+    """
 
     engine: str
     case: str
@@ -36,6 +39,7 @@ class Cell:
     higher_is_better: bool = True
     bound: float | None = None
     busy: float | None = None
+    seconds: float = 0.0
     at: float = 0.0
 
     @property

@@ -1,23 +1,26 @@
 """Runs the cells of a comparison, fairly: engines take turns in the order A B C, then C B A, and only one of them ever runs.
 
 A cell is one engine, one case, one repeat. An engine that fails a case isn't asked for its later repeats (the reason stands in
-the table); whatever else it can do is still run. Warm-up is outside the clock: a short form of the case, whenever an engine
-meets a case for the first time since it was loaded.
+the table); whatever else it can do is still run. How many repeats there is time for is the business of `budget.py`. Warm-up is
+outside the clock: a short form of the case, whenever an engine meets a case for the first time since it was loaded.
 """
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from compare import quality
+from compare.budget import Budget
 from compare.errors import EngineFailure
 from compare.fleet import Fleet, Launch, start
 from compare.machine import busy_share
 from compare.measure import Numbers, summarise
+from compare.places import without_paths
 from compare.process import EngineProcess
 from compare.protocol import LoadOptions, Request, Trace
 from compare.results import Cell, Store
@@ -50,6 +53,7 @@ class Settings:
     limit: float
     ceilings: dict[str, float]
     text: QualityText = field(default_factory=QualityText)
+    budget: Budget = field(default_factory=Budget)
 
 
 class Runner:
@@ -72,22 +76,48 @@ class Runner:
         self._warm: set[tuple[int, str]] = set()
 
     def cells(self) -> Iterable[tuple[Entry, Case, int]]:
-        """Every cell in the order of running: by workload, then repeat, then case, engines forwards and backwards in turn."""
-        for workload in dict.fromkeys(c.workload for c in self.cases):
-            cases = [c for c in self.cases if c.workload == workload]
-            for repeat in range(max(self._repeats(c) for c in cases)):
-                for case in cases:
-                    if repeat < self._repeats(case):
-                        for entry in self.entries if repeat % 2 == 0 else reversed(self.entries):
-                            yield entry, case, repeat
+        """Every cell that may be run, in order: by workload, then repeat, then case, engines forwards and backwards in turn."""
+        for workload in self._workloads():
+            for repeat in range(self._rounds(workload)):
+                for entry, case in self._round(workload, repeat):
+                    yield entry, case, repeat
 
     def run(self) -> None:
         with Fleet(self.settings.limit) as fleet:
-            for entry, case, repeat in self.cells():
-                if self.store.done(entry.launch.label, case.key, repeat):
-                    continue
-                self.progress(entry.launch.label, case.key, repeat)
-                self.store.put(*self._cell(fleet, entry, case, repeat))
+            workloads = self._workloads()
+            for index, workload in enumerate(workloads):
+                self.settings.budget.begin(len(workloads) - index)
+                for repeat in range(self._rounds(workload)):
+                    cells = [(e, c) for e, c in self._round(workload, repeat) if self._wanted(e, c, repeat)]
+                    if repeat and not self.settings.budget.round_fits(sum(self._taken(e, c)[-1] for e, c in cells if self._taken(e, c))):
+                        self._note(f"{workload}: the time budget allowed {repeat} of {self._rounds(workload)} repeats")
+                        break
+                    for entry, case in cells:
+                        self.progress(entry.launch.label, case.key, repeat)
+                        self.store.put(*self._cell(fleet, entry, case, repeat))
+
+    def _workloads(self) -> list[str]:
+        return list(dict.fromkeys(c.workload for c in self.cases))
+
+    def _rounds(self, workload: str) -> int:
+        return max(self._repeats(c) for c in self.cases if c.workload == workload)
+
+    def _round(self, workload: str, repeat: int) -> list[tuple[Entry, Case]]:
+        cases = [c for c in self.cases if c.workload == workload and repeat < self._repeats(c)]
+        order = self.entries if repeat % 2 == 0 else self.entries[::-1]
+        return [(entry, case) for case in cases for entry in order]
+
+    def _wanted(self, entry: Entry, case: Case, repeat: int) -> bool:
+        """Not there yet, and either the first repeat or one that the engine's time for this case still allows."""
+        return not self.store.done(entry.launch.label, case.key, repeat) and self.settings.budget.case_fits(self._taken(entry, case))
+
+    def _taken(self, entry: Entry, case: Case) -> list[float]:
+        return [c.seconds for c in self.store.results.cells_of(entry.launch.label, case.key) if c.status == "ok"]
+
+    def _note(self, text: str) -> None:
+        notes = self.store.results.meta.setdefault("notes", [])
+        if text not in notes:
+            notes.append(text)
 
     def _repeats(self, case: Case) -> int:
         return case.repeats or self.settings.repeats
@@ -102,30 +132,33 @@ class Runner:
         traces: list[Trace] = []
         try:
             cell.busy = busy_share()
-            cell.numbers, traces = self._measure(fleet, entry, case)
+            cell.numbers, traces, cell.seconds = self._measure(fleet, entry, case)
             cell.status = "ok"
             weight_bytes = self.store.results.contenders[label].weight_bytes
             cell.bound = bound(case, self._shape, self.settings.ceilings, weight_bytes, entry.precision)
         except EngineFailure as failure:
             cell.status = "unsupported" if failure.kind == "unsupported" else "failed"
-            cell.reason = f"{failure.kind}: {failure}" if cell.status == "failed" else str(failure)
+            cell.reason = without_paths(f"{failure.kind}: {failure}" if cell.status == "failed" else str(failure))
             if failure.kind in ("crash", "timeout", "invalid"):
                 fleet.drop(label)  # its state can't be trusted
         except NotImplementedError as missing:
             cell.status, cell.reason = "unsupported", str(missing)
         return cell, traces
 
-    def _measure(self, fleet: Fleet, entry: Entry, case: Case) -> tuple[Numbers, list[Trace]]:
+    def _measure(self, fleet: Fleet, entry: Entry, case: Case) -> tuple[Numbers, list[Trace], float]:
+        """Figures, traces, and the seconds that it took without loading (with, where loading is what is measured)."""
         if case.prefix_caching and not entry.prefix_caching:
             raise NotImplementedError("the engine (or its adapter) reuses no prefix")
         if case.kind in ("load", "memory"):
-            return self._fresh(fleet, entry, case)
+            start = time.monotonic()
+            return *self._fresh(fleet, entry, case), time.monotonic() - start
         process, _ = fleet.use(entry.launch, self._options(entry, case), lambda facts: self._loaded(entry, facts))
+        start = time.monotonic()
         try:
             if case.kind == "quality":
-                return self._quality(process, entry, case), []
+                return self._quality(process, entry, case), [], time.monotonic() - start
             traces = self._timed(process, case)
-            return summarise(traces, case.slo), traces
+            return summarise(traces, case.slo), traces, time.monotonic() - start
         finally:
             process.pause()
 
@@ -187,7 +220,7 @@ class Runner:
 
     def _loaded(self, entry: Entry, facts: dict[str, Any]) -> None:
         contender = self.store.results.contenders[entry.launch.label]
-        contender.version, contender.flags = str(facts.get("version", "")), str(facts.get("flags", ""))
+        contender.version, contender.flags = str(facts.get("version", "")), without_paths(str(facts.get("flags", "")))
         contender.weight_bytes, contender.load_s = int(facts["weight_bytes"]), float(facts["load_s"])
 
 

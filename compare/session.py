@@ -12,15 +12,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from compare import machine, plan, quality, workloads
+from compare.budget import Budget
 from compare.engines import info_of
-from compare.environments import installed_versions
+from compare.environments import installed_versions, preloads
 from compare.errors import CompareError, EngineFailure, SetupError
+from compare.exclusive import alone
 from compare.fleet import Launch, start
-from compare.places import reference_file
+from compare.places import reference_file, without_paths
 from compare.process import EngineProcess
 from compare.results import Store
 from compare.runner import Entry, Runner, Settings, log_of
 from compare.weights import Weights, get_weights
+from compare.worker import folder_bytes
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Asked:
     windows: int
     prompts: int
     limit: float
+    time_budget: float  # minutes, 0 for none
+    case_seconds: float
     scale: float
     here: bool
     command: str
@@ -48,6 +53,12 @@ def run_session(asked: Asked, folder: Path, console: Console, *, resume: bool) -
     if asked.threads > len(machine.physical_cpus()):
         raise CompareError(f"--threads {asked.threads}: this process may use {len(machine.physical_cpus())} physical cores")
     say: Callable[[str], None] = lambda line: console.print(line, highlight=False)  # noqa: E731
+    with alone(say):
+        return _run_alone(asked, folder, console, say, resume=resume)
+
+
+def _run_alone(asked: Asked, folder: Path, console: Console, say: Callable[[str], None], *, resume: bool) -> bool:
+    budget = Budget(asked.time_budget * 60, asked.case_seconds)
     cpus = tuple(machine.physical_cpus()[: asked.threads or None])
     weights = get_weights(asked.model)
     source = _source(weights, asked)
@@ -62,7 +73,7 @@ def run_session(asked: Asked, folder: Path, console: Console, *, resume: bool) -
         entries = _prepare(rows, weights, asked, cpus, store, folder, say)
         text = _quality_text(source, asked) if weights.real else workloads.QualityText()
         reference = _reference(weights, asked, cpus, folder, say) if weights.real else None
-        settings = Settings(asked.device, len(cpus), asked.repeats, asked.limit, store.results.meta["ceilings"], text)
+        settings = Settings(asked.device, len(cpus), asked.repeats, asked.limit, store.results.meta["ceilings"], text, budget)
         _run(Runner(entries, cases, weights, settings, store, reference), console)
     except KeyboardInterrupt:
         say(f"interrupted; what was measured is kept: python -m compare --resume {folder} ... goes on")
@@ -121,6 +132,7 @@ def _meta(asked: Asked, weights: Weights, cpus: tuple[int, ...], known: dict[str
     if asked.scale != 1:
         warnings.append(f"workloads were scaled to {asked.scale:g} of their size: figures are for trying things out")
     options = {k: v.name if isinstance(v, Path) else v for k, v in asdict(asked).items() if k != "command"}
+    options["model"] = weights.name  # not the path it may have been given by
     return {
         "command": asked.command,
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -144,13 +156,13 @@ def _prepare(
         try:
             python, model = plan.prepare(row, weights, asked.device, here=asked.here, say=say)
         except (SetupError, EngineFailure, OSError) as error:
-            contender.state = str(error)
+            contender.state = without_paths(str(error))
             say(f"{row.label}: {error}")
             continue
         contender.state, contender.packages = "ok", installed_versions(python)
-        size = sum(f.stat().st_size for f in weights.folder.glob("*.safetensors"))
         module = row.info.name.replace("-", "_")
-        launch = Launch(row.label, module, python, model, log_of(folder, row.label), cpus, expected_bytes=2 * size)
+        log, preload = log_of(folder, row.label), preloads(row.info, python)
+        launch = Launch(row.label, module, python, model, log, cpus, expected_bytes=2 * folder_bytes(model), preload=preload)
         entries.append(Entry(launch, row.precision, row.info.prefix_caching, row.info.ids, row.argument))
     return entries
 

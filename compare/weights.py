@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compare.errors import CompareError
+from compare.gguf_export import RANDOM
 from compare.places import weights_of
 
 Bits = NDArray[np.uint16]
@@ -100,16 +101,24 @@ def get_weights(model: str) -> Weights:
         else:
             _write_smollm2(folder)
         mark.write_text(RECIPE)  # last: an interrupted folder is made again
+    if model in RANDOM_SHAPES:
+        (folder / RANDOM).touch()
     return _describe(model, folder, real=model not in RANDOM_SHAPES)
 
 
 def _describe(name: str, folder: Path, *, real: bool) -> Weights:
+    """Reads everything once for the hash; what was made here is not read again (the 7B shape is 13 GB)."""
+    config, known = json.loads((folder / "config.json").read_text()), folder / "sha256"
+    if (folder / "complete").exists() and known.exists():
+        return Weights(name, folder, real, config, known.read_text())
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 24):
                 digest.update(chunk)
-    return Weights(name, folder, real, json.loads((folder / "config.json").read_text()), digest.hexdigest()[:16])
+    if (folder / "complete").exists():
+        known.write_text(digest.hexdigest()[:16])
+    return Weights(name, folder, real, config, digest.hexdigest()[:16])
 
 
 def _to_bf16(values: NDArray[np.float32]) -> Bits:

@@ -8,10 +8,12 @@ when they are made. Standard library only.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import json
 import os
 import resource
+import signal
 import sys
 import time
 import traceback
@@ -28,6 +30,15 @@ def take_stdout() -> TextIO:
     mine = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
     return mine
+
+
+def die_with_parent() -> None:
+    """Asks Linux to end this process when its parent is gone, even while it is stopped and can't see its stdin close."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.getppid() == 1:  # it went before we could ask
+            os._exit(1)
 
 
 def peak_resident_bytes() -> int:
@@ -102,6 +113,7 @@ def folder_bytes(folder: Path) -> int:
 
 def main() -> None:
     engine, cpus = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else ""
+    die_with_parent()
     out = take_stdout()
     if cpus and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {int(c) for c in cpus.split(",")})

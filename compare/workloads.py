@@ -190,12 +190,17 @@ WORKLOADS: dict[str, Callable[[Source], list[Case]]] = {
 
 
 def build(names: Sequence[str], source: Source) -> list[Case]:
-    """The cases of the named workloads. Raises `CompareError` that lists the names."""
+    """The cases of the named workloads; `prefill/512` is that case of it alone. Raises `CompareError` that lists the names."""
     cases: list[Case] = []
     for name in names:
-        if name not in WORKLOADS:
-            raise CompareError(f"no workload is called {name!r}; known are {', '.join(WORKLOADS)}")
-        cases += [c for c in WORKLOADS[name](source) if c.max_context <= source.max_context]
+        workload, _, only = name.partition("/")
+        if workload not in WORKLOADS:
+            raise CompareError(f"no workload is called {workload!r}; known are {', '.join(WORKLOADS)}")
+        made = WORKLOADS[workload](source)
+        chosen = [c for c in made if not only or only in (c.name, *c.name.split())]
+        if not chosen:
+            raise CompareError(f"{workload} has no case {only!r}; it has {', '.join(c.name for c in made)}")
+        cases += [c for c in chosen if c.max_context <= source.max_context and c not in cases]
     return cases
 
 

@@ -60,6 +60,7 @@ class EngineInfo:
     adapter: str = ""  # the class in the file of the engine's name; none: a row of the list only
     reason: str = ""
     server: bool = False  # runs as a server of its own, measured through `openai`
+    preload: tuple[str, ...] = ()  # libraries for LD_PRELOAD, as paths inside its environment; those that are there are used
     min_python: tuple[int, int] = (3, 10)
 
     def devices(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compare.engines.base import Adapter, EngineInfo, Recorder, run_steps, source
-from compare.gguf_export import write_gguf
+from compare.gguf_export import write_or_share_gguf
 from compare.protocol import LoadOptions, Request
 
 INFO = EngineInfo(
@@ -41,7 +41,7 @@ class Minfer(Adapter):
         elif precision == "q4_1" and shipped.exists():  # the file the weights came from: the same bits, no second rounding
             (out / "model.gguf").symlink_to(shipped.resolve())
         else:
-            write_gguf(weights, out / "model.gguf", _GGUF_TYPES[precision])
+            write_or_share_gguf(weights, out / "model.gguf", _GGUF_TYPES[precision])
 
     def load(self, model: Path, options: LoadOptions) -> dict[str, Any]:
         import torch

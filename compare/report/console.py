@@ -21,7 +21,7 @@ def print_run(results: Results, console: Console) -> None:
             style = "dim" if row.spread is None else "red" if row.flagged else "bold" if row.label.startswith("minfer") else ""
             share = f"{row.share:.0%}" if row.share is not None else ""
             median = tables.spread_text(row.spread) if row.spread else "–"
-            table.add_row(row.label, median, share, tables.ratio_text(row.ratio), row.note, style=style)
+            table.add_row(row.label, median, share, tables.ratio_text(row.ratio, row.partner), row.note, style=style)
         console.print(table)
     for label, case_key, reason in tables.failures(results):
         console.print(f"[yellow]{label} {case_key}[/]: {reason}", highlight=False)

@@ -13,7 +13,13 @@ from compare.measure import percentile
 from compare.report import markdown, svg, tables
 from compare.results import Results
 
-_COLOURS = ("#0b7a75", "#c2571a", "#5b5bd6", "#b8336a", "#6b8e23", "#8a6d3b", "#1f77b4", "#9b59b6", "#d4a017", "#607d8b")
+# Sixteen that differ in hue or lightness and can be told apart on white and on near-black.
+_COLOURS = (
+    "#0b7a75", "#2fb59f", "#86c440", "#4d8f1f",
+    "#c2571a", "#f2a03d", "#5b5bd6", "#b8336a",
+    "#1f8fd6", "#74b9f0", "#8a6d3b", "#d84b4b",
+    "#9b59b6", "#d48ad9", "#607d8b", "#b5a100",
+)  # fmt: skip
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1d2327;--soft:#5c666d;--paper:#fbfbf9;--card:#fff;--line:#e2e4e1;--ours:#0b7a75;
@@ -43,7 +49,8 @@ def render_html(results: Results, folder: Path, others: Sequence[Results] = ()) 
     meta = results.meta
     body = [f"<h1>{escape(markdown.title(results))}</h1>", f'<p class="lead">{escape(_lead(meta))}</p>']
     body += [f'<p class="warning">{escape(w)}</p>' for w in meta.get("warnings", [])]
-    body += ["<h2>Summary</h2>", _table(tables.summary_grid(results))]
+    body += ["<h2>Speed and quality</h2>", _note(markdown.FRONT_NOTE), _table(tables.front_grid(results))]
+    body += ["<h2>Against the best peer</h2>", _note(markdown.BEST_NOTE), _table(tables.best_peer_grid(results), left=(1, 3, 5))]
     body += _plots(results, folder)
     for table in tables.case_tables(results):
         if not table.key.startswith("gate/"):
@@ -54,6 +61,9 @@ def render_html(results: Results, folder: Path, others: Sequence[Results] = ()) 
         body.append("</ul>")
     if others:
         body += ["<h2>Runs side by side</h2>", _table(tables.merged_grid([results, *others]), left=(1,))]
+        for run in others:
+            name = escape(markdown.title(run))
+            body += [f"<h2>Against the best peer: {name}</h2>", _table(tables.best_peer_grid(run), left=(1, 3, 5))]
     body += ["<h2>How it was measured</h2><ul>", *[f"<li>{_inline(x[2:])}</li>" for x in markdown.method(results).splitlines()], "</ul>"]
     body += ["<h2>Contenders</h2>", _table(tables.contenders_grid(results), left=(1, 2, 3, 6))]
     colours = "".join(f".series-{i} circle{{fill:{c}}}.series-{i} .line{{stroke:{c}}}" for i, c in enumerate(_COLOURS))
@@ -66,7 +76,7 @@ def render_html(results: Results, folder: Path, others: Sequence[Results] = ()) 
 def _lead(meta: dict[str, Any]) -> str:
     threads = len(meta["cpus"])
     return (
-        f"{meta['device'].upper()}, {threads} thread{'s' if threads != 1 else ''}, {meta['options']['repeats']} interleaved repeats; "
+        f"{meta['device'].upper()}, {threads} thread{'s' if threads != 1 else ''}, up to {meta['options']['repeats']} interleaved repeats; "
         f"medians with 95% intervals. Weights {meta['model']['hash']}, the same for every engine."
     )
 
@@ -119,7 +129,7 @@ def _case_rows(table: tables.CaseTable) -> str:
             s = row.spread
             interval = f"{tables.number(s.low)}–{tables.number(s.high)}" if s.n > 1 else ""
             share = f"{row.share:.0%}" if row.share is not None else ""
-            cells = [tables.number(s.median), interval, str(s.n), share, tables.ratio_text(row.ratio)]
+            cells = [tables.number(s.median), interval, str(s.n), share, tables.ratio_text(row.ratio, row.partner)]
         columns = "".join(f"<td>{escape(c)}</td>" for c in [row.label, *cells])
         lines.append(f'<tr class="{kind}">{columns}<td class=text>{escape(row.note)}</td></tr>')
     return f'<div class="scroll"><table>{head}{"".join(lines)}</table></div>'
@@ -181,6 +191,10 @@ def _table(grid: tables.Grid, left: Sequence[int] = ()) -> str:
 
     body = "".join(f"<tr{' class=ours' if line[0].startswith('minfer') else ''}>{row(line, 'td')}</tr>" for line in lines)
     return f'<div class="scroll"><table><tr>{row(head, "th")}</tr>{body}</table></div>'
+
+
+def _note(text: str) -> str:
+    return f'<p class="lead">{escape(text)}</p>'
 
 
 def _figure(plot: str, caption: str) -> str:

@@ -9,11 +9,27 @@ from compare.errors import CompareError
 from compare.report import tables
 from compare.results import Results
 
+FRONT_NOTE = (
+    "Medians; in brackets the share of the roofline. Agreement: share of greedy tokens before the first difference from fp32 "
+    "transformers. A star: the output is garbage."
+)
+BEST_NOTE = (
+    "Each of minfer's rows against the fastest peer whose weights have as many bits, and against the fastest of all. Ratios are medians "
+    "of paired repeats with their 95% interval; above 1 minfer is better."
+)
 BEGIN, END = "<!-- compare:begin -->", "<!-- compare:end -->"
 
 
 def render_markdown(results: Results, others: Sequence[Results] = ()) -> str:
-    parts = [f"# minfer compare: {title(results)}", *_warnings(results), "## Summary", summary_table(results)]
+    parts = [
+        f"# minfer compare: {title(results)}",
+        *_warnings(results),
+        "## Speed and quality",
+        FRONT_NOTE,
+        grid(tables.front_grid(results)),
+    ]
+    parts += ["## Against the best peer", BEST_NOTE, grid(tables.best_peer_grid(results))]
+    parts += ["## Every case", grid(tables.summary_grid(results))]
     for table in tables.case_tables(results):
         parts += [f"## {table.title}", _case(table)]
     if failed := tables.failures(results):
@@ -21,6 +37,8 @@ def render_markdown(results: Results, others: Sequence[Results] = ()) -> str:
         parts += ["## What did not run, and why", "\n".join(lines)]
     if others:
         parts += ["## Runs side by side", grid(tables.merged_grid([results, *others]))]
+        for run in others:
+            parts += [f"### Against the best peer: {title(run)}", grid(tables.best_peer_grid(run))]
     parts += ["## How it was measured", method(results), "## Contenders", grid(tables.contenders_grid(results))]
     return "\n\n".join(parts) + "\n"
 
@@ -30,20 +48,17 @@ def title(results: Results) -> str:
     return f"{meta['model']['name']} on {meta['machine'].get('cpu', meta['device'])}, {meta['started'][:10]}"
 
 
-def summary_table(results: Results) -> str:
-    """One line a contender, one column a case: the README's table."""
-    return grid(tables.summary_grid(results))
-
-
 def readme_block(results: Results, folder: str) -> str:
     """What stands in the README between the two markers: the table, the machine, and how to get it again."""
     meta = results.meta
     intro = (
         f"{meta['model']['name']}, {len(meta['cpus'])} threads of {meta['machine'].get('cpu', 'this machine')}, medians of "
-        f"{meta['options']['repeats']} interleaved repeats, {meta['started'][:10]}. Agreement: share of greedy tokens before the first "
-        f"difference from fp32 transformers. Spreads, rooflines, settings and failures: [{folder}/report.md]({folder}/report.md)."
+        f"up to {meta['options']['repeats']} interleaved repeats, {meta['started'][:10]}; in brackets the share of the machine's roofline. "
+        f"Agreement: share of greedy tokens before the first difference from fp32 transformers. Repeats, spreads, settings and failures: "
+        f"[{folder}/report.md]({folder}/report.md)."
     )
-    return f"{BEGIN}\n{intro}\n\n{summary_table(results)}\n\nAgain: `{meta['command']}`\n{END}"
+    tables_ = f"{grid(tables.front_grid(results))}\n\n{BEST_NOTE}\n\n{grid(tables.best_peer_grid(results))}"
+    return f"{BEGIN}\n{intro}\n\n{tables_}\n\nAgain: `{meta['command']}`\n{END}"
 
 
 def replace_block(text: str, results: Results, folder: str) -> str:
@@ -67,11 +82,23 @@ def method(results: Results) -> str:
             f"- Model: {meta['model']['name']}, weights {meta['model']['hash']} (sha-256), the same for every engine",
             f"- CPUs: {meta['cpus']}, every engine pinned to them; {meta['options']['repeats']} repeats, engines in turns A B, B A; "
             "warm-up outside the clock; prefix caching off except in shared-prefix",
+            *_time_rules(results),
             "- Figures: median and its 95% bootstrap interval; *minfer against it* is the median ratio of paired repeats, above 1 when "
-            "minfer is better, and says *no clear difference* where the interval holds 1 or there are fewer than 3 pairs",
+            "minfer is better, and says *no clear difference* where the interval holds 1 or there are fewer than 3 pairs. A peer is set "
+            "against minfer's row of the same precision, or where there is none, of the nearest width in bits",
             "- Times are taken where tokens reach the caller, token ids in and out; greedy, lengths forced. The rules: compare/PROTOCOL.md",
         ]
     )
+
+
+def _time_rules(results: Results) -> list[str]:
+    """Why some figures have fewer repeats than others."""
+    options, lines = results.meta["options"], []
+    if limit := options.get("case_seconds"):
+        lines.append(f"- An engine's repeats of one case stop where one more would make them take over {limit:g} s; the first always runs")
+    if minutes := options.get("time_budget"):
+        lines.append(f"- Repeats beyond the first were begun, for all engines alike, while they fitted a budget of {minutes:g} minutes")
+    return lines + [f"- {note}" for note in results.meta.get("notes", [])]
 
 
 def grid(table: tables.Grid) -> str:
@@ -91,7 +118,7 @@ def _case(table: tables.CaseTable) -> str:
         s = row.spread
         mean = f"{tables.number(s.mean)} ± {tables.number(s.std)}" if s.n > 1 else ""
         share = f"{row.share:.0%}" if row.share is not None else ""
-        lines.append([row.label, tables.spread_text(s), str(s.n), mean, share, tables.ratio_text(row.ratio), row.note])
+        lines.append([row.label, tables.spread_text(s), str(s.n), mean, share, tables.ratio_text(row.ratio, row.partner), row.note])
     return grid((head, lines))
 
 

@@ -12,7 +12,7 @@ from html import escape
 
 from compare.report.tables import number
 
-SERIES = 10  # colours in the style sheet
+SERIES = 16  # colours in the style sheet
 WIDTH = 860
 
 

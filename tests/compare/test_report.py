@@ -67,6 +67,51 @@ def test_medians_ratios_and_verdicts(run: Results) -> None:
     assert rows["fast/int4"].share == pytest.approx(0.5)
 
 
+def test_a_peer_is_set_against_minfer_of_its_own_precision_and_minfer_against_nobody(run: Results) -> None:
+    run.contenders["minfer/int4"] = Contender("minfer/int4", "minfer", "int4", "minfer", "", "")
+    run.contenders["odd/fp8"] = Contender("odd/fp8", "odd", "fp8", "odd", "", "")
+    run.cells += cells("minfer/int4", "latency/batch 1", "decode_tokens_per_s", [300.0] * 5, bound=800.0)
+    run.cells += cells("odd/fp8", "latency/batch 1", "decode_tokens_per_s", [150.0] * 5)
+    rows = {r.label: r for r in tables.case_table(run, "latency/batch 1").rows}
+    assert {label: r.partner for label, r in rows.items()} == {
+        "minfer/bf16": "",
+        "minfer/int4": "",
+        "fast/int4": "minfer/int4",
+        "liar/int4": "minfer/int4",
+        "slow/bf16": "minfer/bf16",
+        "odd/fp8": "minfer/int4",  # 4 bits are nearer to 8 than 16 are
+    }
+    assert rows["fast/int4"].ratio is not None
+    assert rows["fast/int4"].ratio.spread.median == 1.5
+    assert tables.ratio_text(rows["fast/int4"].ratio, "minfer/int4").startswith("int4 1.50× [")
+
+
+def test_the_best_peer_of_each_width_is_never_garbage(run: Results) -> None:
+    _, lines = tables.best_peer_grid(run)
+    found = {(line[0], line[1]): line[2:] for line in lines}
+    figure, same, ratio, best, overall = found["latency/batch 1", "bf16"]
+    assert figure == "100 (25%)"
+    assert same.startswith("slow/bf16 50")
+    assert ratio.startswith("2.00×")
+    assert best.startswith("fast/int4 200")
+    assert overall.startswith("0.50×")
+
+
+def test_speed_stands_beside_quality(run: Results) -> None:
+    head, lines = tables.front_grid(run)
+    assert head == ["engine / weights", "weights\nMB", "decode\ntokens/s", "64 requests\noutput tokens/s", "agreement"]
+    assert lines[0] == ["fast/int4", "100", "200 (50%)", "–", "40%"]
+    assert [line[0] for line in lines] == ["fast/int4", "liar/int4", "minfer/bf16", "slow/bf16"]
+
+
+def test_fewer_repeats_than_others_are_said_with_their_cost(run: Results) -> None:
+    run.cells = [c for c in run.cells if not (c.engine == "slow/bf16" and c.case == "latency/batch 1" and c.repeat)]
+    next(c for c in run.cells if c.engine == "slow/bf16" and c.case == "latency/batch 1").seconds = 160.0
+    rows = {r.label: r for r in tables.case_table(run, "latency/batch 1").rows}
+    assert rows["slow/bf16"].note == "1 of 5 repeats: one took 160 s"
+    assert rows["fast/int4"].note == ""
+
+
 def test_garbage_is_flagged_and_more_than_the_machine_can_do_too(run: Results) -> None:
     rows = {r.label: r for r in tables.case_table(run, "latency/batch 1").rows}
     assert rows["liar/int4"].flagged
@@ -87,7 +132,8 @@ def test_the_readme_block_is_the_summary(run: Results) -> None:
     block = readme_block(run, "results/x")
     assert block.startswith("<!-- compare:begin -->")
     assert block.endswith("<!-- compare:end -->")
-    assert "| minfer/bf16 | 100 |" in block
+    assert "| minfer/bf16 | 100 | 100 (25%) | 300 | 99% |" in block
+    assert "| latency/batch 1 | bf16 | 100 (25%) | slow/bf16 50.0 (12%) |" in block
     assert run.meta["command"] in block
     page = replace_block("a\n<!-- compare:begin -->old<!-- compare:end -->\nb", run, "results/x")
     assert page == f"a\n{block}\nb"

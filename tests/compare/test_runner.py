@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from compare.budget import Budget
 from compare.fleet import Fleet, Launch
 from compare.protocol import Request
 from compare.results import Contender, Store, read_results
@@ -55,10 +56,26 @@ def test_a_run_fills_every_cell_with_figures_and_a_bound(tmp_path: Path) -> None
     saved = read_results(tmp_path / "results")
     assert [c.status for c in saved.cells] == ["ok"] * 6
     assert len(saved.values("a", "latency/one")) == 3
-    assert all(c.bound and c.busy is not None for c in saved.cells)
+    assert all(c.bound and c.busy is not None and c.seconds > 0 for c in saved.cells)
     assert saved.contenders["a"].version == "1"
     assert (tmp_path / "results" / "traces.jsonl.gz").exists()
     assert store.done("a", "latency/one", 2)
+
+
+def test_a_slow_engine_stops_repeating_and_the_others_go_on(tmp_path: Path) -> None:
+    run, store = runner(tmp_path, ["slow", "quick"], CASES[:1], repeats=3)
+    run.settings.budget = Budget(case_s=60)
+    run._measure = lambda fleet, entry, case: ({"decode_tokens_per_s": 1.0}, [], 50.0 if entry.launch.label == "slow" else 20.0)  # type: ignore[method-assign]
+    run.run()
+    assert {label: len(store.results.values(label, "latency/one")) for label in ("slow", "quick")} == {"slow": 1, "quick": 3}
+
+
+def test_a_round_that_no_longer_fits_is_begun_for_nobody_and_noted(tmp_path: Path) -> None:
+    run, store = runner(tmp_path, ["a", "b"], repeats=3)
+    run.settings.budget = Budget(total_s=0.001)
+    run.run()
+    assert {(c.engine, c.repeat) for c in store.results.cells} == {("a", 0), ("b", 0)}
+    assert store.results.meta["notes"] == [f"{w}: the time budget allowed 1 of 3 repeats" for w in ("latency", "throughput")]
 
 
 def test_a_failing_engine_costs_its_own_cells_and_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

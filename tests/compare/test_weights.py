@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import gguf
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from compare import weights
 from compare.errors import CompareError
-from compare.gguf_export import gguf_name, write_gguf
+from compare.gguf_export import RANDOM, gguf_name, write_gguf, write_or_share_gguf
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,25 @@ def test_gguf_holds_the_same_values_with_q_and_k_reordered(tiny: weights.Weights
                 assert not np.array_equal(ours, tensor.float().numpy())
                 ours = weights._unpermute(ours, count)
         assert np.array_equal(ours, tensor.float().numpy()), name
+
+
+def test_engines_that_read_gguf_share_one_file_of_random_weights(tiny: weights.Weights, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_or_share_gguf(tiny.folder, tmp_path / name, "Q4_0")
+    assert (tmp_path / "a").resolve() == (tmp_path / "b").resolve()
+    own = tmp_path / "own"
+    shutil.copytree(tiny.folder, own, ignore=shutil.ignore_patterns(RANDOM, "*.gguf"))
+    write_or_share_gguf(own, tmp_path / "c", "Q4_0")
+    assert not (tmp_path / "c").is_symlink()
+    assert (tmp_path / "c").read_bytes() == (tmp_path / "a").read_bytes()
+
+
+def test_what_was_made_here_is_hashed_once(tiny: weights.Weights) -> None:
+    assert (tiny.folder / "sha256").read_text() == tiny.hash
+    (tiny.folder / "sha256").write_text("known")
+    assert weights._describe("tiny", tiny.folder, real=False).hash == "known"
+    (tiny.folder / "sha256").unlink()
+    assert weights._describe("tiny", tiny.folder, real=False).hash == tiny.hash
 
 
 def test_unknown_models_are_refused_with_the_names() -> None:

@@ -61,6 +61,14 @@ def test_cases_longer_than_the_model_are_left_out() -> None:
     assert names == ["128 in", "512 in"]
 
 
+def test_one_case_of_a_workload_can_be_asked_for() -> None:
+    keys = [c.key for c in workloads.build(["prefill/512", "prefill/128 in", "decode-sweep/8"], source())]
+    assert keys == ["prefill/512 in", "prefill/128 in", "decode-sweep/batch 8"]
+    assert workloads.build(["prefill/512"], source())[0] in workloads.build(["prefill"], source())
+    with pytest.raises(CompareError, match="no case '5'; it has 128 in"):
+        workloads.build(["prefill/5"], source())
+
+
 def test_quality_refuses_random_weights_and_unknown_names_are_listed() -> None:
     with pytest.raises(CompareError, match="random weights"):
         workloads.build(["quality"], source(real=False))
