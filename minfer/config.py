@@ -18,7 +18,7 @@ DType = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 KVCacheDType = Literal["auto", "fp32", "bf16", "fp16", "fp8", "fp8_e5m2", "int8", "int4"]
 Device = Literal["auto", "cpu", "cuda"]
-Quant = Literal["auto", "none"]
+Quant = Literal["auto", "none", "awq", "gptq", "fp8", "int8", "int4", "nf4", "mxfp4", "smoothquant"]
 Activations = Literal["auto", "int8", "none"]
 PolicyName = Literal["fcfs", "priority"]
 Speculative = Literal["none", "ngram"]
@@ -40,7 +40,11 @@ class EngineConfig:
     dtype: DType = option("auto", "Type of weights and activations; auto takes the checkpoint's, or bfloat16 for a quantised file.")
     device: Device = option("auto", "Where to run; auto takes a CUDA or ROCm device if there is one.")
     backend: str = option("auto", "Kernels to use: auto (fastest that fits), reference (plain torch), or a backend's name.")
-    quant: Quant = option("auto", "auto runs a quantised checkpoint as it is where a kernel can; none dequantises it when it is loaded.")
+    quant: Quant = option(
+        "auto",
+        "auto runs the checkpoint as it is, quantised where a kernel can; none dequantises it; the others quantise an unquantised one "
+        "while it is loaded, once, and keep the result in the cache.",
+    )
     activations: Activations = option(
         "auto", "Input of quantised matrices on the CPU: int8 rounds it per token and group, none leaves it as it is; auto is int8."
     )

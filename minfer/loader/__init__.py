@@ -5,9 +5,11 @@ Nothing here knows what a model computes; it yields tensors under Hugging Face's
 
 from minfer.loader.checkpoint import Checkpoint, CheckpointSummary, ModelSource, TensorInfo
 from minfer.loader.open import open_checkpoint
-from minfer.loader.resolve import OfflineModel, list_offline_models, resolve_model, resolve_tokenizer
+from minfer.loader.quantize_on_load import CALIBRATED, quantized_as_asked
+from minfer.loader.resolve import OfflineModel, list_offline_models, quantised_twin, resolve_model, resolve_tokenizer
 
 __all__ = [
+    "CALIBRATED",
     "Checkpoint",
     "CheckpointSummary",
     "ModelSource",
@@ -15,6 +17,8 @@ __all__ = [
     "TensorInfo",
     "list_offline_models",
     "open_checkpoint",
+    "quantised_twin",
+    "quantized_as_asked",
     "resolve_model",
     "resolve_tokenizer",
 ]

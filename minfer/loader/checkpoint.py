@@ -8,7 +8,7 @@ weight is read, and `minfer inspect` answer at once.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -87,6 +87,14 @@ class Checkpoint(ABC):
     def read_packed(self, name: str) -> PackedWeight | None:
         """A quantised matrix as the file packs it, without loss; None for one that isn't quantised or has no such form."""
         return None
+
+    def known_as(self) -> frozenset[str]:
+        """The values of `--quant` that describe the checkpoint as it is; none for one that isn't quantised."""
+        return frozenset()
+
+    def quantized(self, name: str, quantize: Callable[[torch.Tensor], PackedWeight]) -> PackedWeight:
+        """One matrix as `quantize` makes it of the weights."""
+        return quantize(self.read(name))
 
     def tensors(self, *, keep_packed: bool = False) -> Iterator[tuple[str, torch.Tensor | PackedWeight]]:
         """All tensors of `config.tensor_shapes()`, once each, in the file's order.

@@ -4,11 +4,15 @@ Speed depends on shapes and types, not on values, as long as the values stay fin
 initialisation) and norms of one keep activations of order one. Drawing seven billion normals takes a minute, so one pool
 is drawn and each tensor reads it round and round from an offset of its own. The pool's length is prime, hence no two rows of
 a matrix fall together. The text that comes out is noise.
+
+Asked for quantised weights (`--quant int4`), it quantises a few rows of each matrix and repeats those: quantising all of a
+7B model would take longer than most benchmarks of it.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,8 +21,10 @@ from minfer.config import ModelConfig
 from minfer.errors import ModelLoadError
 from minfer.loader.checkpoint import TOKENIZER_FILES, Checkpoint, ModelSource, TensorInfo, TokenizerSource
 from minfer.loader.hf_config import build_config, folder_config
+from minfer.quant import PackedWeight
 
 POOL_SIZE = 1048583  # prime
+QUANTIZED_ROWS = 61  # prime
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -41,8 +47,14 @@ class DummyCheckpoint(Checkpoint):
 
     def read(self, name: str) -> torch.Tensor:
         shape = self.tensor_infos[name].shape
-        if name.endswith("norm.weight"):
-            return torch.ones(shape, dtype=self._dtype)
+        return torch.ones(shape, dtype=self._dtype) if name.endswith("norm.weight") else self._draw(name, shape)
+
+    def quantized(self, name: str, quantize: Callable[[torch.Tensor], PackedWeight]) -> PackedWeight:
+        rows, inputs = self.tensor_infos[name].shape
+        few = min(rows, QUANTIZED_ROWS)
+        return quantize(self._draw(name, (few, inputs))).rows(torch.arange(rows) % few)
+
+    def _draw(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         out = torch.empty(shape, dtype=self._dtype)
         flat, start = out.view(-1), zlib.crc32(f"{self._seed}/{name}".encode()) % POOL_SIZE
         for begin in range(-start, flat.numel(), POOL_SIZE):

@@ -47,6 +47,7 @@ class GGUFCheckpoint(Checkpoint):
         types = _type_names(header, source.path)
         config = _config(header, types, source.path)
         self._interleaved = header.metadata["general.architecture"] == "llama"
+        self._main_type = _main_type(header, types)
         self._tensors = _by_hf_name(header)
         found = {name: TensorInfo(t.shape, types[t.type_id], t.num_bytes, t.file) for name, t in self._tensors.items()}
         super().__init__(
@@ -69,6 +70,10 @@ class GGUFCheckpoint(Checkpoint):
         packed = unpack_gguf(dtype, _map(tensor, tensor.shape[0]))
         order = self._row_order(name, tensor)
         return packed if packed is None or order is None else packed.rows(torch.from_numpy(order))
+
+    def known_as(self) -> frozenset[str]:
+        """What most of its weights are: Q4_K is int4, Q8_0 is int8; types with a table of their own are neither."""
+        return frozenset({"Q4": {"int4"}, "Q8": {"int8"}, "MX": {"mxfp4"}}.get(self._main_type[:2], set()))
 
     def _row_order(self, name: str, tensor: GGUFTensor) -> npt.NDArray[np.int64] | None:
         """Row r of the result is row order[r] of the file; None where the file's order is already the model's."""

@@ -18,7 +18,7 @@ import torch
 from minfer.errors import ModelLoadError
 from minfer.loader.checkpoint import TensorInfo
 from minfer.loader.hf_config import read_json
-from minfer.quant import PackedWeight
+from minfer.quant import PackedWeight, QuantScheme
 from minfer.quant.readers import MatrixReader, StoredMatrix, create_reader
 
 # Where tools older than config.json's `quantization_config` wrote their settings, and which tool it was.
@@ -69,6 +69,26 @@ class QuantizedMatrix:
         except ModelLoadError as error:
             where = self.files[self.stored.tensors[0]]
             raise ModelLoadError(f"{where}: {self.name}: {error}") from error
+
+    def scheme(self, read_tensor: Callable[[Path | None, str], torch.Tensor]) -> QuantScheme:
+        """As it was quantised, where `read` gives the element that kernels have; reads the matrix, as no header tells."""
+        return self.stored.unpack({end: read_tensor(self.files[end], f"{self.name}.{end}") for end in self.stored.tensors}).scheme
+
+
+def names_of(reader: MatrixReader, scheme: QuantScheme) -> frozenset[str]:
+    """The values of `--quant` that describe matrices of this scheme from this reader.
+
+    Which algorithm chose the codes a file rarely says: compressed-tensors holds what AWQ and GPTQ made alike.
+    """
+    label, bits4 = reader.label.split(",")[0], scheme.element == "int4"
+    names: set[str] = {"mxfp4" if scheme.name == "mxfp4" else "fp8" if scheme.element.startswith("fp8") else scheme.element}
+    if label == "compressed-tensors" and scheme.element == "int8" and scheme.activation == "int8":
+        names.add("smoothquant")
+    if label == "AWQ" or (bits4 and label in ("AutoRound", "compressed-tensors")):
+        names.add("awq")
+    if label == "GPTQ" or (bits4 and label in ("AutoRound", "compressed-tensors")):
+        names.add("gptq")
+    return frozenset(names)
 
 
 @dataclass(frozen=True)

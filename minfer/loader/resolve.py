@@ -61,6 +61,12 @@ def resolve_model(name: str, *, revision: str | None = None, load_format: LoadFo
     )
 
 
+def quantised_twin(name: str, quant: str) -> str:
+    """The short name of the checkpoint that somebody made of this model with this method; `name` itself where none is known."""
+    known = names.find(name) if _path(name) is None else None
+    return f"{name}-{quant}" if known is not None and known[1] is None and quant in known[0].twins else name
+
+
 def resolve_tokenizer(name: str, *, revision: str | None = None) -> TokenizerSource:
     """A tokenizer other than the model's: a folder, .gguf file, short name or hub id (only its small files are fetched).
 

@@ -27,7 +27,7 @@ from minfer.errors import ModelLoadError
 from minfer.loader.check import EMBEDDING, HEAD, check_tensors
 from minfer.loader.checkpoint import Checkpoint, ModelSource, TensorInfo
 from minfer.loader.hf_config import build_config, folder_config, read_json
-from minfer.loader.quantized import Folded, QuantizedMatrix, find_reader, fold
+from minfer.loader.quantized import Folded, QuantizedMatrix, find_reader, fold, names_of
 from minfer.quant import PackedWeight
 from minfer.quant.readers import MatrixReader
 
@@ -54,6 +54,7 @@ class SafetensorsCheckpoint(Checkpoint):
         if raw.get("dtype") is None and raw.get("torch_dtype") is None:
             raw["dtype"] = _commonest_dtype(found)
         config = build_config(raw, folder / "config.json", generation)
+        self._reader = reader
         self._matrices: Mapping[str, QuantizedMatrix] = {}
         if reader is not None:
             folded = _fold(reader, found, config)
@@ -72,6 +73,12 @@ class SafetensorsCheckpoint(Checkpoint):
         matrix = self._matrices.get(name)
         packed = None if matrix is None else matrix.read(_read_tensor)
         return packed if packed is not None and _some_kernel_takes(packed) else None
+
+    def known_as(self) -> frozenset[str]:
+        if self._reader is None or not self._matrices:
+            return frozenset()
+        smallest = min(self._matrices, key=lambda name: self.tensor_infos[name].num_bytes)
+        return names_of(self._reader, self._matrices[smallest].scheme(_read_tensor))
 
     def tensors(self, *, keep_packed: bool = False) -> Iterator[tuple[str, torch.Tensor | PackedWeight]]:
         for name in self.tensor_infos:

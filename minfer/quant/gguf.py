@@ -1,22 +1,25 @@
 """GGUF's quantised blocks -> `PackedWeight`, exactly: same codes, same scales, nothing rounded again.
 
-A row of a GGUF matrix is a sequence of blocks; each holds scales and bit-packed codes of 32 values, or of 256 in eight
-sub-blocks (the K-quants). Layouts are those of ggml-common.h:
+A row of a GGUF matrix is a sequence of blocks; each holds scales and bit-packed codes of 32 values, or of 256 in eight or
+sixteen sub-blocks (the K-quants). Layouts are those of ggml-common.h:
 
     Q4_0   18 B / 32    d f16, 16 B: byte i holds values i and i + 16          w = d (q - 8)
     Q4_1   20 B / 32    d, m f16, 16 B as above                                w = d q + m
     Q5_0   22 B / 32    d f16, 4 B fifth bits, 16 B as above                   w = d (q - 16)
     Q5_1   24 B / 32    d, m f16, 4 B fifth bits, 16 B                         w = d q + m
     Q8_0   34 B / 32    d f16, 32 x int8                                       w = d q
+    Q2_K   84 B / 256   16 B of 4-bit scales and minima, 64 B, d, dmin f16     w = d s q - dmin m
+    Q3_K  110 B / 256   32 B of third bits, 64 B, 12 B of 6-bit scales, d f16  w = d (s - 32) (q - 4)
     Q4_K  144 B / 256   d, dmin f16, 12 B of 6-bit scales and minima, 128 B    w = d s q - dmin m
     Q5_K  176 B / 256   the same with 32 B of fifth bits                       w = d s q - dmin m
+    Q6_K  210 B / 256   128 B, 64 B of upper two bits, 16 x int8 s, d f16      w = d s (q - 32)
     IQ4_NL 18 B / 32    d f16, 16 B as above, indices of a table of int8       w = d table[q]
     IQ4_XS 136 B / 256  d f16, 2 + 4 B of 6-bit scales, 128 B of indices       w = d (s - 32) table[q]
     MXFP4  17 B / 32    power of two e, 16 B: E2M1 values, doubled             w = 2^(e - 128) table[q]
 
-Five-bit codes and table values become int8 codes: one byte each, but the products run at int8 speed and nothing is lost. Types
-that have no such form with groups of 32 (Q2_K, Q3_K and Q6_K have groups of 16, the smaller IQ types index vectors) are
-dequantised by the loader instead.
+Five- and six-bit codes and table values become int8 codes: one byte each, but the products run at int8 speed and nothing is lost;
+two and three bits become int4's. Q2_K, Q3_K and Q6_K have groups of 16, all others groups of 32. Types that have no such form
+(the smaller IQ types index vectors, the TQ types hold three values a digit) are dequantised by the loader instead.
 """
 
 from __future__ import annotations
@@ -33,9 +36,8 @@ from minfer.quant.packed import PackedWeight, QuantScheme
 Bytes = npt.NDArray[np.uint8]
 Codes = npt.NDArray[np.int8]
 Floats = npt.NDArray[np.float32]
-Unpacked = tuple[Codes, Floats, Floats | None]  # codes [B, n], scales and minima [B, n / 32], for B blocks of n values
+Unpacked = tuple[Codes, Floats, Floats | None]  # codes [B, n], scales and minima [B, n / group], for B blocks of n values
 
-GROUP = 32
 IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 MXFP4_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
 
@@ -48,7 +50,7 @@ def unpack_gguf(kind: str, data: Bytes) -> PackedWeight | None:
     rows = data.shape[0]
     with np.errstate(all="ignore"):  # a scale that isn't finite is the file's own
         codes, scales, mins = unpack(np.ascontiguousarray(data).reshape(-1, block_bytes))
-    scheme = QuantScheme(element, GROUP, symmetric=mins is None)
+    scheme = QuantScheme(element, codes.shape[1] // scales.shape[1], symmetric=mins is None)
     tensors = [torch.from_numpy(array.reshape(rows, -1)) for array in (codes, scales)]
     return PackedWeight(tensors[0], tensors[1], None if mins is None else torch.from_numpy(mins.reshape(rows, -1)), scheme)
 
@@ -118,6 +120,32 @@ def _q5_k(blocks: Bytes) -> Unpacked:
     return _k_nibbles(blocks[:, 48:]) | fifth.reshape(-1, 256).astype(np.int8) << 4, *_k_scales(blocks)
 
 
+def _two_bits(packed: Bytes) -> Codes:
+    """[B, 64] -> [B, 256]: 32 bytes hold four runs of 32 values, the lowest two bits first."""
+    runs = packed.reshape(-1, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
+    return runs.reshape(-1, 256).astype(np.int8)
+
+
+def _q2_k(blocks: Bytes) -> Unpacked:
+    scales, mins = blocks[:, :16] & 15, blocks[:, :16] >> 4
+    return _two_bits(blocks[:, 16:80]), _halves(blocks, 80) * scales.astype(np.float32), -(_halves(blocks, 82) * mins.astype(np.float32))
+
+
+def _q3_k(blocks: Bytes) -> Unpacked:
+    third = np.unpackbits(blocks[:, :32, None], axis=2, bitorder="little").transpose(0, 2, 1)  # bit s of byte i: value i of run s
+    low = np.concatenate((blocks[:, 96:104] & 15, blocks[:, 96:104] >> 4), axis=1)
+    high = (blocks[:, None, 104:108] >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3).reshape(-1, 16)
+    scales = (low | high << 4).astype(np.float32) - 32
+    return (_two_bits(blocks[:, 32:96]) | third.reshape(-1, 256).astype(np.int8) << 2) - np.int8(4), _halves(blocks, 108) * scales, None
+
+
+def _q6_k(blocks: Bytes) -> Unpacked:
+    low = blocks[:, :128].reshape(-1, 2, 64)  # of each half: 64 low nibbles, then 64 high ones
+    nibbles = np.concatenate((low & 15, low >> 4), axis=2).reshape(-1, 256).astype(np.int8)
+    scales = blocks[:, 192:208].view(np.int8).astype(np.float32)
+    return (nibbles | _two_bits(blocks[:, 128:192]) << 4) - np.int8(32), _halves(blocks, 208) * scales, None
+
+
 def _iq4_nl(blocks: Bytes) -> Unpacked:
     return IQ4_VALUES[_nibbles(blocks[:, 2:])], _halves(blocks, 0), None
 
@@ -140,8 +168,11 @@ _TYPES: dict[str, tuple[int, Element, Callable[[Bytes], Unpacked]]] = {
     "Q5_0": (22, "int8", _q5_0),
     "Q5_1": (24, "int8", _q5_1),
     "Q8_0": (34, "int8", _q8_0),
+    "Q2_K": (84, "int4", _q2_k),
+    "Q3_K": (110, "int4", _q3_k),
     "Q4_K": (144, "int4", _q4_k),
     "Q5_K": (176, "int8", _q5_k),
+    "Q6_K": (210, "int8", _q6_k),
     "IQ4_NL": (18, "int8", _iq4_nl),
     "IQ4_XS": (136, "int8", _iq4_xs),
     "MXFP4": (17, "int8", _mxfp4),

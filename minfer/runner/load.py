@@ -20,7 +20,7 @@ from minfer.errors import ConfigError
 from minfer.kernels import Ops, select_ops
 from minfer.kvcache import FORMATS, KVCache, format_of
 from minfer.layers.loading import load_weights
-from minfer.loader import Checkpoint, open_checkpoint, resolve_model
+from minfer.loader import CALIBRATED, Checkpoint, open_checkpoint, quantised_twin, quantized_as_asked, resolve_model
 from minfer.models import Model, create_model
 from minfer.runner.memory import GIB, num_kv_blocks
 
@@ -68,7 +68,8 @@ def load_model(config: EngineConfig, on_phase: Callable[[str], None] = lambda na
     """
     phases = PhaseTimer(on_phase)
     with phases("resolve"):
-        checkpoint = open_checkpoint(resolve_model(config.model, revision=config.revision, load_format=config.load_format))
+        name = quantised_twin(config.model, config.quant) if config.quant in CALIBRATED and config.load_format != "dummy" else config.model
+        checkpoint = open_checkpoint(resolve_model(name, revision=config.revision, load_format=config.load_format))
         model_config = checkpoint.config
         device = pick_device(config)
         dtype = pick_dtype(config, checkpoint, device)
@@ -76,9 +77,10 @@ def load_model(config: EngineConfig, on_phase: Callable[[str], None] = lambda na
         kv_dtype = pick_kv_dtype(config, dtype)
         KVCache.token_bytes(model_config, kv_dtype)  # raises where this head size can't be stored so
         ops = select_ops(device, dtype, config.backend, config.threads, config.activations)
+        checkpoint = quantized_as_asked(checkpoint, config.quant, on_phase)
     with phases("read weights"), torch.inference_mode():
         model = create_model(model_config, ops, max_len, device)
-        load_weights(model, checkpoint.tensors(keep_packed=config.quant == "auto"))
+        load_weights(model, checkpoint.tensors(keep_packed=config.quant != "none"))
     with phases("size KV cache"):
         blocks = num_kv_blocks(config, model_config, max_len, kv_dtype, device)
         cache = KVCache(model_config, blocks, config.block_size, kv_dtype, device)

@@ -16,7 +16,7 @@ from minfer.loader import Checkpoint, ModelSource, open_checkpoint
 from minfer.quant import PackedWeight
 
 NOT_QUANTISED = {"F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64"}
-PACKED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "IQ4_NL", "IQ4_XS", "MXFP4")  # the types that run as they are
+PACKED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")  # kept packed
 QUANTISED = [t for t in gguf.GGML_QUANT_SIZES if t.name not in NOT_QUANTISED]
 
 

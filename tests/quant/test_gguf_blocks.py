@@ -8,21 +8,22 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from minfer.quant.gguf import unpack_gguf
+from minfer.quant.gguf import PACKED_TYPES, unpack_gguf
 
-KINDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
+KINDS = sorted(PACKED_TYPES)
+# Where a block's float16 scales are, in bytes; MXFP4 has none.
+HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "MXFP4": ()}
 
 
 def random_matrix(kind: str, rows: int, blocks: int, seed: int = 0) -> np.ndarray:
-    """Any bytes are codes; the float16 scales at the start of a block are kept finite."""
+    """Any bytes are codes; a block's float16 scales are kept finite."""
     _, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     rng = np.random.default_rng(seed)
     data = rng.integers(0, 256, (rows, blocks, size), dtype=np.uint8)
     if kind == "MXFP4":
         data[:, :, 0] %= 254  # the last two exponents overflow with the values
-    halves = {"MXFP4": 0, "Q4_1": 2, "Q5_1": 2, "Q4_K": 2, "Q5_K": 2}.get(kind, 1)
-    for n in range(halves):
-        data[:, :, 2 * n : 2 * n + 2] = rng.normal(0, 0.1, (rows, blocks, 1)).astype(np.float16).view(np.uint8)
+    for at in HALVES.get(kind, (0,)):
+        data[:, :, at : at + 2] = rng.normal(0, 0.1, (rows, blocks, 1)).astype(np.float16).view(np.uint8)
     return data.reshape(rows, -1)
 
 
@@ -43,7 +44,7 @@ def test_an_all_zero_block_is_zero(kind: str) -> None:
 
 
 def test_types_without_this_form_are_left_to_the_loader() -> None:
-    assert unpack_gguf("Q6_K", np.zeros((1, 210), np.uint8)) is None
+    assert unpack_gguf("TQ1_0", np.zeros((1, 54), np.uint8)) is None
     assert unpack_gguf("IQ3_XXS", np.zeros((1, 98), np.uint8)) is None
 
 
