@@ -73,7 +73,7 @@ void run(const Product& p, Pool& pool) {
     const char* codes = w.panels + panel * bytes;
     const char* scales = codes + w.code_bytes();
     const int64_t tiles = (count + kTileRows - 1) / kTileRows;
-    const int64_t fetches = tiles * (2 / kTileVectors) * (w.k / kGroup);
+    const int64_t fetches = tiles * (2 / kTileVectors) * (w.k / kGroup) * kBits;  // a group has kBits loads
     Ahead ahead = {codes + bytes, codes + bytes * (more ? 2 : 1), (bytes / 64 + fetches - 1) / fetches};
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t begin = count * t / tiles, end = count * (t + 1) / tiles;

@@ -185,7 +185,8 @@ struct Source {
 };
 
 // Memory that is wanted soon, fetched a few cache lines at a time between the multiplications. Without it a thread would wait
-// for the first tile of a panel and leave the memory idle in the others.
+// for the first tile of a panel and leave the memory idle in the others. Few lines at a time: a burst fills the queue of
+// outstanding misses, and the loads that are due wait behind it.
 struct Ahead {
   const char* next;
   const char* end;
@@ -203,7 +204,6 @@ MINFER_INLINE void accumulate(const Source<Path, kBits, kMin>& source, const Row
   constexpr int kExpanded = Expander<Path, kBits>::kVectors;
   constexpr int kLoads = kGroup / Path::kStep / kExpanded;
   for (int64_t group = 0; group < groups; ++group) {
-    ahead.fetch();
     typename Path::Sum sums[kRows][kVecs];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -213,6 +213,7 @@ MINFER_INLINE void accumulate(const Source<Path, kBits, kMin>& source, const Row
     const char* x = rows.values + group * (kGroup / Path::kStep) * 4;
 #pragma GCC unroll 8
     for (int i = 0; i < kLoads; ++i) {
+      ahead.fetch();
       typename Path::Vector w[kVecs][kExpanded];
 #pragma GCC unroll 2
       for (int c = 0; c < kVecs; ++c) source.load(group, i, c, w[c]);

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 
 from minfer.errors import ConfigError
+from minfer.kernels.cpu.arena import WeightArena
 from minfer.kernels.cpu.runtime import DTYPES, Runtime
 from minfer.kernels.ops import StackedWeight, Weight
 from minfer.quant import PackedWeight
@@ -39,6 +40,7 @@ class LinearKernels:
             raise ConfigError(f"activation must be int8 or none, not {activation!r}")
         self.runtime = runtime
         self.activation = activation
+        self.arena = WeightArena()
         self.linear_quantized = runtime.op(
             "linear_quantized", "ptr x, int x_stride, ptr y, int y_stride, ptr bias, int rows, int dtype, ptr weight"
         )
@@ -116,7 +118,7 @@ class CpuDenseWeight(CpuWeight):
         self.dtype = tensor.dtype
         n, k = tensor.shape
         inputs = k + k % 2 if tensor.dtype == torch.bfloat16 else k
-        self._data = torch.empty(_padded(n) * inputs, dtype=tensor.dtype)
+        self._data = kernels.arena.empty(_padded(n) * inputs, tensor.dtype)
         tensor = tensor.contiguous()
         kernels.pack_dense(tensor.data_ptr(), self._data.data_ptr(), n, k, DTYPES[self.dtype])
 
@@ -180,7 +182,7 @@ class CpuQuantizedWeight(CpuWeight):
         half = _fits_half(scales) and (mins is None or _fits_half(mins))
         code_bytes = k * PANEL * bits // 8
         panel_bytes = code_bytes + (k // group) * PANEL * (1 if mins is None else 2) * (2 if half else 4)
-        self._panels = torch.empty(_padded(n) // PANEL * panel_bytes, dtype=torch.uint8)
+        self._panels = self._kernels.arena.empty(_padded(n) // PANEL * panel_bytes, torch.uint8)
         codes, scales, start = packed.codes.contiguous(), scales.contiguous(), self._panels.data_ptr()
         self._kernels.pack_codes(codes.data_ptr(), start, panel_bytes, n, k, bits, shift)
         address = 0 if mins is None else mins.data_ptr()
