@@ -31,23 +31,29 @@ class Reference:
         self._data: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
 
     def tokens(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-        tokens: list[list[int]] = self._get("tokens", prompts, max_tokens)[0]
-        return tokens
+        return [tokens for tokens, _ in self._answers(prompts, max_tokens)]
 
     def next_logprobs(self, prompts: list[list[int]], max_tokens: int) -> list[dict[int, float]]:
-        raw = self._get("tokens", prompts, max_tokens)[1]
-        return [{int(t): v for t, v in row.items()} for row in raw]
+        return [{int(t): v for t, v in row.items()} for _, row in self._answers(prompts, max_tokens)]
 
-    def _get(self, kind: str, prompts: list[list[int]], max_tokens: int) -> Any:
-        key = hashlib.sha256(json.dumps([kind, prompts, max_tokens]).encode()).hexdigest()[:16]
-        if key not in self._data:
+    def _answers(self, prompts: list[list[int]], max_tokens: int) -> list[Any]:
+        """For each prompt its greedy tokens and next-token distribution; kept one by one, so an interrupted start costs nothing."""
+        keys = [hashlib.sha256(json.dumps([prompt, max_tokens]).encode()).hexdigest()[:16] for prompt in prompts]
+        missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self._data}
+        if missing:
             with self._start() as process:
-                tokens = [greedy(process, [p], max_tokens, self._limit, self._vocab_size)[0] for p in prompts]
-                logprobs = process.ask("next_logprobs", self._limit, contexts=prompts, top=TOP)["logprobs"]
-            self._data[key] = [tokens, logprobs]
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._file.write_text(json.dumps(self._data))
-        return self._data[key]
+                for key, prompt in missing.items():
+                    tokens = greedy(process, [prompt], max_tokens, self._limit, self._vocab_size)[0]
+                    logprobs = process.ask("next_logprobs", self._limit, contexts=[prompt], top=TOP)["logprobs"][0]
+                    self._data[key] = [tokens, logprobs]
+                    self._save()
+        return [self._data[key] for key in keys]
+
+    def _save(self) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._file.with_suffix(".partial")
+        partial.write_text(json.dumps(self._data))
+        partial.replace(self._file)
 
 
 def reference_options(device: str, threads: int, vocab_size: int, max_context: int) -> LoadOptions:

@@ -108,7 +108,8 @@ def _row(results: Results, contender: Contender, key: str, most: int) -> Row:
     if share is not None and share > 1.0:
         notes.append("more than the machine can do: something was measured wrong")
     if len(values) < most:
-        notes.append(f"{len(values)} of {most} repeats: one took {max(c.seconds for c in cells):.0f} s")
+        cost = max(c.seconds for c in cells)
+        notes.append(f"{len(values)} of {most} repeats" + (f": one took {cost:.0f} s" if cost else ""))
     if any(c.busy is not None and c.busy > BUSY for c in cells):
         notes.append("machine busy during some repeats")
     return Row(label, spread, ratio, partner or "", share, "; ".join(notes), flagged)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from compare.report import tables, write_reports
 from compare.report.markdown import readme_block, render_markdown, replace_block
 from compare.results import Cell, Contender, Results, Store, read_results
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 VOID = {"meta", "br", "path", "rect", "circle"}
 
 
@@ -175,6 +178,23 @@ def test_html_is_one_balanced_file_that_fetches_nothing(run: Results, tmp_path: 
     assert "A &lt;fast&gt; CPU" in page
     assert "prefers-color-scheme:dark" in page
     assert not re.search(r"(?<![\w-])(nan|inf)(?![\w-])", re.sub(r"<style>.*?</style>", "", page))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_browser_draws_the_page_and_nothing_sticks_out(run: Results, tmp_path: Path) -> None:
+    assert CHROMIUM is not None
+    write_reports(run, tmp_path)
+    page = tmp_path / "report.html"
+    counts = "document.documentElement.scrollWidth, innerWidth, document.querySelectorAll('svg rect').length"
+    probe = f"<script>document.title = [{counts}].join()</script>"
+    page.write_text(page.read_text() + probe)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1100,2000", f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run([CHROMIUM, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    title = re.search(r"<title>([\d,]+)</title>", done.stdout)
+    assert title, "the page was not drawn"
+    wide, window, bars = map(int, title.group(1).split(","))
+    assert wide <= window, "something is wider than the window"
+    assert bars >= 5
 
 
 def test_results_survive_a_round_trip_and_refuse_other_formats(run: Results, tmp_path: Path) -> None:
