@@ -27,6 +27,7 @@ ROOMS = [
     "tokenizer",
     "layers",
     "models",
+    "quantize",
     "runner",
     "sampling",
     "guided",

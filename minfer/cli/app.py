@@ -16,6 +16,7 @@ from minfer.cli.generate import generate
 from minfer.cli.inspect_model import inspect_model
 from minfer.cli.list_models import list_models
 from minfer.cli.perplexity import perplexity
+from minfer.cli.quantize import quantize
 from minfer.cli.serve import serve
 from minfer.cli.terminal import Terminal
 
@@ -32,6 +33,7 @@ app.command("chat")(chat)
 app.command("serve")(serve)
 app.command("bench")(bench)
 app.command("perplexity")(perplexity)
+app.command("quantize")(quantize)
 app.command("inspect")(inspect_model)
 app.command("list")(list_models)
 app.command("env")(env)

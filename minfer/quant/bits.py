@@ -1,11 +1,11 @@
-"""Codes out of packed words. Files pack them in four ways; all are little-endian, lowest bits first.
+"""Codes out of packed words and into them. Files pack them in four ways; all are little-endian, lowest bits first.
 
     continuous   a stream of bits; with 3, 5, 6 or 7 bits a code may straddle two words (GPTQ, compressed-tensors from 0.20)
     padded       32 // bits codes a word, the word's top bits unused (compressed-tensors up to 0.17)
     planar       32 codes in `bits` words: first the words of their low 4 or 2 bits, then of the next (GPTQModel's gptq_p)
     nibbles      two codes a byte (bitsandbytes puts the first into the high half, the MX and NV formats into the low one)
 
-Each function unpacks the last axis; who packs along another axis transposes first.
+Each function works on the last axis; who packs along another axis transposes first.
 """
 
 from __future__ import annotations
@@ -57,6 +57,26 @@ def unpack_nibbles(packed: torch.Tensor, *, high_first: bool = False) -> torch.T
     """uint8 [..., W] -> uint8 [..., 2 W]."""
     halves = (packed >> 4, packed & 15) if high_first else (packed & 15, packed >> 4)
     return torch.stack(halves, dim=-1).flatten(-2)
+
+
+def pack_continuous(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 [..., count] below 2^bits -> int32 [..., ceil(count bits / 32)], the rest of the last word zero."""
+    per_run = 32 if bits in (3, 5, 6, 7) else 32 // bits  # codes that fill whole words
+    runs = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_run)).unflatten(-1, (-1, per_run)).long()
+    words = torch.zeros(*runs.shape[:-1], per_run * bits // 32, dtype=torch.int64, device=codes.device)
+    for n in range(per_run):
+        word, shift = divmod(n * bits, 32)
+        words[..., word] |= runs[..., n] << shift
+        if shift + bits > 32:
+            words[..., word + 1] |= runs[..., n] >> (32 - shift)
+    needed = -(-codes.shape[-1] * bits // 32)
+    return (words & 2**32 - 1).flatten(-2)[..., :needed].contiguous().view(torch.int32)[..., ::2].contiguous()
+
+
+def pack_nibbles(codes: torch.Tensor, *, high_first: bool = False) -> torch.Tensor:
+    """uint8 [..., 2 W] -> uint8 [..., W]."""
+    first, second = codes[..., ::2], codes[..., 1::2]
+    return first << 4 | second if high_first else second << 4 | first
 
 
 def _fields(stream: torch.Tensor, bits: int) -> torch.Tensor:

@@ -28,7 +28,8 @@ def round_to_nearest(
     per_tensor: bool = False,
     search: bool = True,
 ) -> PackedWeight:
-    """weight: any float type [N, K]. importance: float [K], how much an error at each input matters; None: equally.
+    """weight: any float type [N, K]. importance: float [K], how much an error at each input matters, or
+    [K / group_size, group_size, group_size], how much errors of a group's inputs matter together; None: equally.
 
     per_tensor: one scale for the whole matrix, written out for every row (fp8's coarsest form; symmetric schemes only).
     search: look for scales that clip; without it the largest weight of each group is representable.
@@ -47,7 +48,7 @@ def round_to_nearest(
         return encode(weight, scheme, scale.expand(n, k // scheme.group_size).contiguous(), None)
     finder = ScaleSearch(scheme, limit, search=search)
     size, parts = scheme.group_size, []
-    wide = None if importance is None else importance.float().view(k // size, size)
+    wide = importance.view(k // size, size) if importance is not None and importance.dim() == 1 else importance
     rows = max(1, CHUNK // k)
     for begin in range(0, n, rows):
         parts.append(finder.find(weight[begin : begin + rows].float().view(-1, k // size, size), wide))

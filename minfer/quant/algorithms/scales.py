@@ -1,8 +1,9 @@
 """The scale, and for asymmetric schemes the zero point, of each group: those with the smallest squared error among a few.
 
 The obvious scale makes the largest weight representable. A smaller one clips it and is finer for all others, which at 4 bits
-and below costs less than it gains. So the range is shrunk in steps and the best is kept, group by group; `importance` weighs
-each input's error (its mean square activation), because that is what the layer's output sees. Scales are rounded to the type
+and below costs less than it gains. So the range is shrunk in steps and the best is kept, group by group. `importance` weighs
+errors by what they do to the layer's output: the mean square of each input, or for each group the mean products of its
+inputs, with which errors that cancel count less (AWQ's search for clipping is this). Scales are rounded to the type
 that files keep them in before anything is measured, so the codes are right for the scale that will be used.
 
     float   float16 (float32 under fp8, where a scale per tensor or channel costs nothing)
@@ -44,7 +45,7 @@ class ScaleSearch:
         self._shrinks = _shrinks(scheme, self.grid) if search else [1.0]
 
     def find(self, groups: torch.Tensor, importance: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """groups float32 [N, G, g] -> scales and (asymmetric) zeros, float32 [N, G]. importance: [G, g], or None for equal ones."""
+        """groups float32 [N, G, g] -> scales and (asymmetric) zeros, float32 [N, G]. importance: [G, g] or [G, g, g] or None."""
         rows = max(1, CHUNK // (groups.shape[1] * groups.shape[2]))
         parts = [self._find(groups[begin : begin + rows], importance) for begin in range(0, groups.shape[0], rows)]
         scales = torch.cat([scale for scale, _ in parts])
@@ -96,9 +97,13 @@ class ScaleSearch:
         rounded = self.grid.nearest(x if zero is None else x + zero[..., None])
         if zero is not None:
             rounded -= zero[..., None]
-        error = rounded.sub_(x).square_()
-        if importance is not None:
-            error *= importance
+        error = rounded.sub_(x)
+        if importance is None:
+            error.square_()
+        elif importance.dim() == 2:
+            error.square_().mul_(importance)
+        else:  # e H e^T, one product a group
+            error *= torch.matmul(error.transpose(0, 1), importance).transpose(0, 1)
         return error.sum(-1).mul_(scale.square())
 
 
