@@ -53,7 +53,8 @@ _SAMPLING_HELP = {
     "prompt_logprobs": "The same for the tokens of the prompt.",
     "skip_special_tokens": "Leave special tokens out of the text.",
 }
-_FILLED_BY_THE_ENGINE = frozenset({"bad_word_token_ids"})
+_FILLED_BY_THE_ENGINE = frozenset({"bad_word_token_ids", "grammar"})
+_NO_FLAG = _FILLED_BY_THE_ENGINE | {"structured_outputs"}  # a schema is no word of a shell: the server and the library take it
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def sampling_flags(*, leave_out: Iterable[str] = (), **defaults: Any) -> FlagGro
 def flags_of(cls: type) -> list[Flag]:
     """A flag for each field of a dataclass, in order. Raises TypeError for a field whose type has no spelling at a shell."""
     hints = typing.get_type_hints(cls)
-    return [_flag(f, hints[f.name]) for f in dataclasses.fields(cls) if f.name not in _FILLED_BY_THE_ENGINE]
+    return [_flag(f, hints[f.name]) for f in dataclasses.fields(cls) if f.name not in _NO_FLAG]
 
 
 def _flag(f: dataclasses.Field[Any], hint: Any) -> Flag:
