@@ -1,4 +1,4 @@
-"""One place that holds a checkpoint's headers against what its config promises, before any weight is read.
+"""Two looks at a checkpoint: its headers against what its config promises, before any weight is read, and its numbers as they come by.
 
 A model that loads with a tensor missing or ignored still answers, only wrongly; so everything that doesn't match is an
 error that names the tensor, the file and what was expected. Tolerated are only leftovers known to carry no information.
@@ -6,12 +6,17 @@ error that names the tensor, the file and what was expected. Tolerated are only 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+
+import torch
 
 from minfer.config import ModelConfig
 from minfer.errors import ModelLoadError
 from minfer.loader.checkpoint import TensorInfo
+from minfer.quant import PackedWeight
+
+Named = tuple[str, torch.Tensor | PackedWeight]
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -46,3 +51,20 @@ def check_tensors(config: ModelConfig, found: Mapping[str, TensorInfo], where: P
 def _carries_nothing(name: str, config: ModelConfig) -> bool:
     """Buffers that old transformers releases saved (the frequencies follow from the config), and the copy of a tied head."""
     return name.endswith("rotary_emb.inv_freq") or (name == HEAD and config.tie_word_embeddings)
+
+
+def finite(tensors: Iterable[Named], infos: Mapping[str, TensorInfo]) -> Iterator[Named]:
+    """The same tensors; raises `ModelLoadError` at the first that holds a NaN or an infinity, or a quantised one that is all zero.
+
+    One such number makes every token after it noise, with nothing to show where it came from. Looking for the smallest and
+    largest value costs about a tenth of the time that repacking does.
+    """
+    for name, tensor in tensors:
+        parts = [tensor] if isinstance(tensor, torch.Tensor) else [part for part in (tensor.scales, tensor.mins) if part is not None]
+        where = infos[name].file if name in infos else None
+        prefix = f"{where}: " if where is not None else ""
+        if not all(bool(torch.isfinite(torch.stack(torch.aminmax(part))).all()) for part in parts if part.numel()):
+            raise ModelLoadError(f"{prefix}tensor {name!r} holds numbers that are not finite; the file is damaged")
+        if isinstance(tensor, PackedWeight) and not any(bool(part.any()) for part in parts):
+            raise ModelLoadError(f"{prefix}tensor {name!r} has only scales of zero; the file is damaged")
+        yield name, tensor

@@ -21,6 +21,7 @@ from minfer.kernels import Ops, select_ops
 from minfer.kvcache import FORMATS, KVCache, format_of
 from minfer.layers.loading import load_weights
 from minfer.loader import CALIBRATED, Checkpoint, open_checkpoint, quantised_twin, quantized_as_asked, resolve_model
+from minfer.loader.check import finite
 from minfer.models import Model, create_model
 from minfer.runner.memory import GIB, num_kv_blocks
 
@@ -80,7 +81,7 @@ def load_model(config: EngineConfig, on_phase: Callable[[str], None] = lambda na
         checkpoint = quantized_as_asked(checkpoint, config.quant, on_phase)
     with phases("read weights"), torch.inference_mode():
         model = create_model(model_config, ops, max_len, device)
-        load_weights(model, checkpoint.tensors(keep_packed=config.quant != "none"))
+        load_weights(model, finite(checkpoint.tensors(keep_packed=config.quant != "none"), checkpoint.tensor_infos))
     with phases("size KV cache"):
         blocks = num_kv_blocks(config, model_config, max_len, kv_dtype, device)
         cache = KVCache(model_config, blocks, config.block_size, kv_dtype, device)

@@ -44,6 +44,11 @@ METHODS: dict[str, Callable[[Settings], MatrixReader]] = {
 _INSTEAD = {
     "mxfp4": "it is gpt-oss's format for experts, and mixture-of-experts models are not supported yet",
     "bitnet": "BitNet layers normalise their inputs; use a GGUF file of the model",
+    "aqlm": "its codebooks of vectors have no kernel here; use a GPTQ, AWQ or GGUF checkpoint of the model",
+    "exl2": "only ExLlamaV2 runs its mix of widths; use a GPTQ, AWQ or GGUF checkpoint of the model",
+    "exl3": "only ExLlamaV3 runs its trellis codes; use a GPTQ, AWQ or GGUF checkpoint of the model",
+    "quanto": "use --quant int8 or int4 on the original model",
+    "eetq": "use --quant int8 on the original model",
 }
 # Where a config names no method, a key that only one of them has.
 _TELLTALE = {
@@ -54,6 +59,7 @@ _TELLTALE = {
     "w_bit": "awq",
     "quant_algo": "modelopt",
     "quantization": "modelopt",
+    "in_group_size": "aqlm",
 }
 
 
