@@ -49,7 +49,8 @@ class TokenHistory:
             self._counts[self._entry[token]] -= 1
         del self._output[same:]
         for token in output[same:]:
-            self._counts[self._entry_of(token)] += 1
+            entry = self._entry_of(token)  # first: it may replace the array
+            self._counts[entry] += 1
             self._output.append(token)
 
     @property

@@ -121,6 +121,18 @@ def test_a_long_output_costs_no_recount(monkeypatch: pytest.MonkeyPatch) -> None
         assert looked_up == [token]
 
 
+@pytest.mark.parametrize("step", [1, 7, 250])
+def test_an_output_of_many_different_tokens_is_counted_throughout(step: int) -> None:
+    """More distinct tokens than the history has room for at first, one or many at a time."""
+    penalties, row = Penalties(300), make_row(prompt=[299], frequency_penalty=0.5)
+    for start in range(0, 250, step):
+        row.output_token_ids += range(start, min(start + step, 250))
+        logits = torch.zeros(1, 300)
+        penalties(logits, [row])
+        said = len(row.output_token_ids)
+        assert logits[0, :said].eq(-0.5).all() and logits[0, said:].eq(0).all()
+
+
 def test_prompt_tokens_past_the_vocabulary_touch_nothing() -> None:
     logits = noise(2)
     Penalties(VOCAB)(logits, [make_row(prompt=[VOCAB, VOCAB + 3, 5], repetition_penalty=2.0), make_row()])
