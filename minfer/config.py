@@ -21,7 +21,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Quant = Literal["auto", "none", "awq", "gptq", "fp8", "int8", "int4", "nf4", "mxfp4", "smoothquant"]
 Activations = Literal["auto", "int8", "none"]
 PolicyName = Literal["fcfs", "priority"]
-Speculative = Literal["none", "ngram"]
+Speculative = Literal["none", "ngram", "draft"]
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -65,8 +65,10 @@ class EngineConfig:
     prefix_caching: bool = option(True, "Keep the KV of finished prompts and reuse it for requests that begin the same way.")
     policy: PolicyName = option("fcfs", "Order of admission and preemption: fcfs, or priority (lower runs first).")
     speculative: Speculative = option(
-        "none", "Guess tokens ahead and check them in one step: ngram copies what followed the same words earlier in the text."
+        "none",
+        "Guess tokens ahead and check them in one step: ngram copies what followed the same words earlier, draft asks a smaller model.",
     )
+    draft_model: str | None = option(None, "The smaller model that --speculative draft asks: named like the model, with its vocabulary.")
     num_draft_tokens: int = option(8, "Most tokens guessed ahead for one sequence.")
     ngram_min_match: int = option(3, "Tokens that must agree before ngram copies what followed them.")
     adaptive_drafts: bool = option(True, "Draft only as many tokens as pay at the measured acceptance and step times; off: always all.")
@@ -92,6 +94,8 @@ class EngineConfig:
                 self._at_least_one(name)
         if self.block_size > 1024 or self.block_size & (self.block_size - 1):
             self._fail("block_size", "must be a power of two up to 1024")
+        if (self.speculative == "draft") != (self.draft_model is not None):
+            self._fail("draft_model", "names the model that --speculative draft asks, so each needs the other: it can't be")
         if self.memory_utilization is not None and not 0 < self.memory_utilization <= 1:
             self._fail("memory_utilization", "must be above 0 and at most 1")
         if self.max_num_batched_tokens < self.max_num_seqs:

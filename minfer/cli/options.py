@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,8 +25,9 @@ import typer
 from minfer.config import EngineConfig
 from minfer.errors import ConfigError
 from minfer.sampling_params import SamplingParams
+from minfer.structured_outputs import StructuredOutputsParams
 
-Kind = Literal["bool", "int", "float", "str", "size", "strings", "ints", "biases"]
+Kind = Literal["bool", "int", "float", "str", "size", "strings", "ints", "biases", "json"]
 T = TypeVar("T")
 
 _SUFFIXES = {"K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
@@ -51,10 +53,10 @@ _SAMPLING_HELP = {
     "seed": "Same seed, same answer (default: fresh entropy).",
     "logprobs": "Log-probabilities of this many alternatives to each token.",
     "prompt_logprobs": "The same for the tokens of the prompt.",
+    "structured_outputs": 'The form of the answer, as JSON: one of {"json": SCHEMA}, {"regex": ...}, {"choice": [...]}, {"grammar": ...}.',
     "skip_special_tokens": "Leave special tokens out of the text.",
 }
 _FILLED_BY_THE_ENGINE = frozenset({"bad_word_token_ids", "grammar"})
-_NO_FLAG = _FILLED_BY_THE_ENGINE | {"structured_outputs"}  # a schema is no word of a shell: the server and the library take it
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ class Flag:
             more["metavar"] = "|".join(self.choices)
         elif self.kind == "size":
             more["metavar"] = "SIZE"
-        elif self.kind == "biases":
-            more["metavar"] = "ID=BIAS"
+        elif self.kind in ("biases", "json"):
+            more["metavar"] = {"biases": "ID=BIAS", "json": "JSON"}[self.kind]
         if self.positional:
             del more["rich_help_panel"]
             return self._parameter(typer.Argument(..., show_default=False, **more), base)
@@ -104,6 +106,8 @@ class Flag:
             return dict(_parse_bias(item, self.spelling) for item in given) or self.default
         if self.kind in ("strings", "ints"):
             return tuple(given) or self.default
+        if self.kind == "json" and given is not None:
+            return _parse_json(given, self.spelling)
         return given
 
     def parse(self, text: str) -> Any:
@@ -162,7 +166,7 @@ def sampling_flags(*, leave_out: Iterable[str] = (), **defaults: Any) -> FlagGro
 def flags_of(cls: type) -> list[Flag]:
     """A flag for each field of a dataclass, in order. Raises TypeError for a field whose type has no spelling at a shell."""
     hints = typing.get_type_hints(cls)
-    return [_flag(f, hints[f.name]) for f in dataclasses.fields(cls) if f.name not in _NO_FLAG]
+    return [_flag(f, hints[f.name]) for f in dataclasses.fields(cls) if f.name not in _FILLED_BY_THE_ENGINE]
 
 
 def _flag(f: dataclasses.Field[Any], hint: Any) -> Flag:
@@ -180,6 +184,8 @@ def _kind(name: str, hint: Any) -> tuple[Kind, tuple[str, ...], bool]:
     """(how it is typed, choices, may be None) of an annotation."""
     members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     optional = type(None) in members
+    if StructuredOutputsParams in members:
+        return "json", (), optional
     for member in members:
         origin, arguments = typing.get_origin(member), typing.get_args(member)
         if origin is Literal:
@@ -203,6 +209,16 @@ def parse_size(text: str, flag: str = "a size") -> int:
         return int(size)
     except (ValueError, OverflowError) as error:
         raise ConfigError(f"{flag} must be a number of bytes such as 800M or 2.5G, not {text!r}") from error
+
+
+def _parse_json(text: str, flag: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{flag} takes a JSON object, and {text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{flag} takes a JSON object, not {text!r}")
+    return value
 
 
 def _parse_bias(text: str, flag: str) -> tuple[int, float]:

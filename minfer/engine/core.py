@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from minfer.kvcache import KVCache
+from minfer.models import Model
 from minfer.runner import BatchBuilder, LoadedModel, ModelRunner, RowSpan
 from minfer.runner.graphs import Graph, can_capture, capture
 from minfer.sampling import LogitsProcessor, RowLogprobs, Sampler, SamplerOutput, SamplingRow, prompt_logprobs
 from minfer.scheduler import Request, ScheduledRequest, Scheduler, SchedulerOutput, create_policy
-from minfer.speculative import DraftRow, accepted, create_speculation
+from minfer.speculative import DraftModelProposer, DraftRow, NgramProposer, Proposer, Speculation, accepted
 
 # Rows of logits scored at a time for prompt log-probabilities: 256 x 128k vocabulary in float32 is 128 MiB.
 SCORING_ROWS = 256
@@ -69,10 +71,10 @@ class EngineCore:
             policy=create_policy(config.policy),
             prefix_caching=config.prefix_caching,
         )
-        builder = BatchBuilder(config.max_num_batched_tokens, config.max_num_seqs, loaded.max_model_len, config.block_size, loaded.device)
-        self.runner = ModelRunner(loaded.model, loaded.cache, builder, _graph(loaded) if config.graphs else None)
+        self.runner = ModelRunner(loaded.model, loaded.cache, _builder(loaded), _graph(loaded, loaded.model, loaded.cache))
         self.sampler = Sampler(loaded.model_config.vocab_size, loaded.device, processors, loaded.ops.argmax)
-        self.speculation = create_speculation(config)
+        proposer = _proposer(loaded, self.scheduler, processors)
+        self.speculation = None if proposer is None else Speculation(proposer, config.num_draft_tokens, config.adaptive_drafts)
         self.times = StepTimes()
 
     @torch.inference_mode()
@@ -85,6 +87,8 @@ class EngineCore:
         spans = [_span(item) for item in plan.scheduled]
         t1 = time.perf_counter()
         built = self.runner.build_seconds
+        if self.speculation is not None:
+            self.speculation.proposer.copy_blocks(plan.copies)
         hidden = self.runner.run(spans, plan.copies)  # [S, H], the rows that spans ask for
         scores = self._score_prompts(plan, spans, hidden)
         rows, at = _sampling_rows(plan, spans)
@@ -96,7 +100,7 @@ class EngineCore:
             self.speculation.costs.observe(plan.num_tokens, t3 - t1)
         step = self._remember(plan, sampled, scores)
         if self.speculation is not None:
-            self.speculation.draft(self.scheduler.running)
+            self.speculation.draft(plan.scheduled)
         self._count(t1 - t0, self.runner.build_seconds - built, t2 - t1, t3 - t2, time.perf_counter() - t3)
         return step
 
@@ -166,12 +170,30 @@ class EngineCore:
         times.update += update
 
 
-def _graph(loaded: LoadedModel) -> Graph | None:
+def _builder(loaded: LoadedModel) -> BatchBuilder:
+    config = loaded.config
+    return BatchBuilder(config.max_num_batched_tokens, config.max_num_seqs, loaded.max_model_len, config.block_size, loaded.device)
+
+
+def _graph(loaded: LoadedModel, model: Model, cache: KVCache) -> Graph | None:
     """The model's step recorded for every batch up to the largest; None where the kernels in use can't be recorded."""
-    if not can_capture(loaded.ops):
+    config = loaded.config
+    if not config.graphs or not can_capture(loaded.ops):
         return None
-    model, cache, config = loaded.model, loaded.cache, loaded.config
     return capture(lambda batch: model(batch, cache), loaded.ops, config.max_num_batched_tokens, config.max_num_seqs)
+
+
+def _proposer(loaded: LoadedModel, scheduler: Scheduler, processors: Sequence[LogitsProcessor]) -> Proposer | None:
+    """Who guesses ahead; None when one token is decoded at a time."""
+    config, draft = loaded.config, loaded.draft
+    if config.speculative == "ngram":
+        return NgramProposer(config.ngram_min_match)
+    if draft is None:
+        return None
+    sampler = Sampler(loaded.model_config.vocab_size, loaded.device, processors, loaded.ops.argmax)
+    graph = _graph(loaded, draft.model, draft.cache)
+    runner = ModelRunner(draft.model, draft.cache, _builder(loaded), graph)
+    return DraftModelProposer(runner, sampler, scheduler.reserve, config.max_num_batched_tokens)
 
 
 def _wants_scores(item: ScheduledRequest) -> bool:

@@ -75,7 +75,7 @@ class BatchBuilder:
             end, here = start + count, tokens + count
             into["block_tables"][r, : len(table)] = table
             if count == 1:
-                into["token_ids"][tokens] = span.row.token_ids[start]
+                into["token_ids"][tokens] = span.drafts[0] if span.drafts else span.row.token_ids[start]
                 into["positions"][tokens] = start
                 into["slots"][tokens] = table[start // size] * size + start % size
             else:

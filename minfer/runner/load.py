@@ -44,6 +44,14 @@ class PhaseTimer:
 
 
 @dataclass(frozen=True)
+class DraftModel:
+    """The smaller model of `--speculative draft`, and its KV in blocks numbered like the target's."""
+
+    model: Model
+    cache: KVCache
+
+
+@dataclass(frozen=True)
 class LoadedModel:
     """`config` is the user's with every `auto` and None that loading decides filled in."""
 
@@ -55,6 +63,7 @@ class LoadedModel:
     cache: KVCache
     device: torch.device
     phases: PhaseTimer
+    draft: DraftModel | None = None
 
     @property
     def max_model_len(self) -> int:
@@ -81,15 +90,41 @@ def load_model(config: EngineConfig, on_phase: Callable[[str], None] = lambda na
         checkpoint = quantized_as_asked(checkpoint, config.quant, on_phase)
     with phases("read weights"), torch.inference_mode():
         model = create_model(model_config, ops, max_len, device)
+<<<<<<< HEAD
         load_weights(model, finite(checkpoint.tensors(keep_packed=config.quant != "none"), checkpoint.tensor_infos))
+=======
+        load_weights(model, checkpoint.tensors(keep_packed=config.quant != "none"))
+    draft = None
+    if config.draft_model is not None:
+        with phases("read draft model"), torch.inference_mode():
+            draft = _read_draft(config, config.draft_model, model_config, ops, max_len, device)
+>>>>>>> a34bf4b (A draft model guesses ahead: its KV in the target's blocks, its tokens drawn with the target's random numbers)
     with phases("size KV cache"):
-        blocks = num_kv_blocks(config, model_config, max_len, kv_dtype, device)
+        blocks = num_kv_blocks(config, model_config, max_len, kv_dtype, device, draft.config if draft is not None else None)
         cache = KVCache(model_config, blocks, config.block_size, kv_dtype, device)
+        drafting = None if draft is None else DraftModel(draft, KVCache(draft.config, blocks, config.block_size, kv_dtype, device))
     names: dict[str, Any] = {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "kv_cache_dtype": format_of(kv_dtype).name}
     resolved = dataclasses.replace(config, max_model_len=max_len, **names)
     logger.info("loaded %s: %s", config.model, ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.seconds.items()))
     logger.info("KV cache: %s", describe_kv_cache(cache, model_config))
-    return LoadedModel(resolved, model_config, checkpoint, model, ops, cache, device, phases)
+    return LoadedModel(resolved, model_config, checkpoint, model, ops, cache, device, phases, drafting)
+
+
+def _read_draft(config: EngineConfig, name: str, target: ModelConfig, ops: Ops, max_len: int, device: torch.device) -> Model:
+    """Raises ConfigError where its tokens are others than the target's, or it can't go as far."""
+    checkpoint = open_checkpoint(resolve_model(name, load_format=config.load_format))
+    own = checkpoint.config
+    if own.vocab_size != target.vocab_size:
+        raise ConfigError(
+            f"draft_model {name} has a vocabulary of {own.vocab_size} tokens and the model one of {target.vocab_size}; "
+            "take a smaller model of the same family"
+        )
+    longest = pick_max_len(dataclasses.replace(config, max_model_len=None), own)
+    if longest < max_len:
+        raise ConfigError(f"draft_model {name} was made for {longest} tokens; set --max-model-len {longest} or less")
+    model = create_model(own, ops, max_len, device)
+    load_weights(model, checkpoint.tensors(keep_packed=config.quant != "none"))
+    return model
 
 
 def pick_device(config: EngineConfig) -> torch.device:

@@ -30,12 +30,15 @@ def available_memory(device: torch.device) -> int:
     return free
 
 
-def num_kv_blocks(config: EngineConfig, model: ModelConfig, max_len: int, dtype: torch.dtype, device: torch.device) -> int:
+def num_kv_blocks(
+    config: EngineConfig, model: ModelConfig, max_len: int, dtype: torch.dtype, device: torch.device, draft: ModelConfig | None = None
+) -> int:
     """Blocks for a cache stored as `dtype`: what the budget pays for, but no more than `max_num_seqs` full-length sequences could use.
 
-    Raises CapacityError if one sequence of `max_len` tokens would not fit.
+    A draft model's KV is kept in blocks of the same numbers, so each block costs both. Raises CapacityError if one sequence of
+    `max_len` tokens would not fit.
     """
-    block_bytes = KVCache.block_bytes(model, config.block_size, dtype)
+    block_bytes = sum(KVCache.block_bytes(m, config.block_size, dtype) for m in (model, draft) if m is not None)
     budget, origin = _budget(config, device)
     blocks_per_sequence = -(-max_len // config.block_size)
     blocks = min(budget // block_bytes, blocks_per_sequence * config.max_num_seqs)

@@ -148,6 +148,16 @@ class Scheduler:
                 self._give_back(request)
         return finished
 
+    def reserve(self, request: Request, num_tokens: int) -> int:
+        """Gives a running request blocks for its first `num_tokens` tokens, as far as nobody else may need them in the next step.
+
+        Returns how many tokens its blocks now hold. For drafts that are computed before the step that verifies them.
+        """
+        spare = self.pool.num_free - len(self.running)
+        missing = self._blocks_for(min(num_tokens, request.max_total_tokens)) - len(request.blocks)
+        request.blocks.extend(self.pool.allocate() for _ in range(max(0, min(missing, spare))))
+        return len(request.blocks) * self.block_size
+
     def finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """Ends a request in any state (stop, length, abort, error); its blocks are free when this returns."""
         if request.finished:

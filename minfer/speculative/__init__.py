@@ -6,7 +6,9 @@ so wherever memory is the bottleneck the guesses are almost free (Leviathan et a
 To the scheduler a draft is "more tokens for this request", and nothing else in the engine knows of it.
 """
 
-from minfer.speculative.speculation import Speculation, SpeculationStats, create_speculation
+from minfer.speculative.draft_model import DraftModelProposer
+from minfer.speculative.ngram import NgramProposer
+from minfer.speculative.speculation import Proposer, Speculation, SpeculationStats
 from minfer.speculative.verify import DraftRow, accepted
 
-__all__ = ["DraftRow", "Speculation", "SpeculationStats", "accepted", "create_speculation"]
+__all__ = ["DraftModelProposer", "DraftRow", "NgramProposer", "Proposer", "Speculation", "SpeculationStats", "accepted"]

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from minfer.scheduler import Request, ScheduledRequest
+
 MAX_CANDIDATES = 16  # positions tried; in text that repeats a run more often than that, the newest ones are the ones to copy
 MAX_MATCH = 32  # a longer match is no better
 
@@ -64,3 +66,21 @@ class NgramIndex:
         while length < MAX_MATCH and length <= a and tokens[a - length] == tokens[b - length]:
             length += 1
         return length
+
+
+class NgramProposer:
+    """An index for each running request; `min_match` tokens must agree before a continuation is copied."""
+
+    def __init__(self, min_match: int) -> None:
+        self.min_match = min_match
+        self._indices: dict[Request, NgramIndex] = {}
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Text has no blocks."""
+
+    def follow(self, scheduled: Sequence[ScheduledRequest]) -> None:
+        known = self._indices
+        self._indices = {item.request: known.get(item.request) or NgramIndex(item.request.token_ids, self.min_match) for item in scheduled}
+
+    def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> list[list[int]]:
+        return [self._indices[request].continuation(count) for request, count in zip(requests, counts, strict=True)]

@@ -1,15 +1,16 @@
 """How many drafts pay: a small cost model of the step, measured as the engine runs, and each request's own acceptance.
 
 A step over T tokens takes about a + b T seconds: `a` reads the weights, `b` is one token's arithmetic and KV. With R sequences
-and no drafts, a token costs (a + b R) / R. A draft at depth i costs b and saves a token's worth with probability p^i, p being
-how often this request's drafts have been right, so it pays while
+and no drafts, a token costs (a + b R) / R. A draft at depth i costs b to check and c to make (nothing for prompt lookup, a pass
+for a draft model), and saves a token's worth with probability p^i, p being how often this request's drafts have been right. So
+it pays while
 
-    p^i > b R / (a + b R)
+    p^i > (b + c) R / (a + b R)
 
 On a device that waits for memory the right side is near 0 at batch 1 and goes to 1 as the batch fills the arithmetic: the same
 rule makes drafts long, short, or switches them off, per request and per step, with no threshold to set.
 
-`a` and `b` are a line through the steps seen, old ones forgotten. `p` starts at an optimistic guess and returns to it
+`a` and `b` are a line through the steps seen, `c` is a mean, old ones forgotten. `p` starts at an optimistic guess and returns to it
 slowly while nothing is drafted, so that a request whose text has changed is tried again. Prompt chunks are left out of the
 line: their attention grows with themselves.
 """
@@ -32,6 +33,8 @@ class CostModel:
     def __init__(self) -> None:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
         self._slope: float | None = None
+        self._making = 0.0
+        self._made = 0.0
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         self._weight = self._weight * FORGET + 1
@@ -43,14 +46,20 @@ class CostModel:
         if variance > 0.01:
             self._slope = (self._xy / self._weight - mean * self._y / self._weight) / variance
 
+    def drafted(self, num_tokens: int, seconds: float) -> None:
+        """Making so many drafts took so long."""
+        self._making = self._making * FORGET + seconds
+        self._made = self._made * FORGET + num_tokens
+
     def share(self, num_sequences: int) -> float:
-        """b R / (a + b R): what one more token costs, as a share of what a token costs without drafts. 0 while unknown."""
+        """(b + c) R / (a + b R): what a draft costs, as a share of what a token costs without drafts. 0 while unknown."""
         if self._slope is None:
             return 0.0
         plain = self._y / self._weight + self._slope * (num_sequences - self._x / self._weight)
         if plain <= 0:
             return 1.0
-        return min(1.0, max(0.0, self._slope * num_sequences / plain))
+        making = self._making / self._made if self._made else 0.0
+        return min(1.0, max(0.0, (self._slope + making) * num_sequences / plain))
 
 
 @dataclass(slots=True)

@@ -1,26 +1,33 @@
-"""`Speculation`: what the engine's loop asks, once before a step's end and once after it has been verified.
+"""`Speculation`: what the engine's loop asks. Before a step's end: which drafts go into the next one. After it: how right they were.
 
-It holds each running request's index and acceptance, and forgets a request when it stops running: a preempted one is
-indexed again when it comes back. Left out here: proposers with weights of their own.
+Who guesses is a `Proposer`; how many guesses pay is `policy.py`'s to say. A request is forgotten when it stops running: a
+preempted one is met as new when it comes back.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from minfer.config import EngineConfig
-from minfer.scheduler import Request
-from minfer.speculative.ngram import NgramIndex
+from minfer.scheduler import Request, RequestStatus, ScheduledRequest
 from minfer.speculative.policy import Acceptance, CostModel, draft_length
 
 
-class Drafter(Protocol):
-    """Guesses for one sequence, which it follows from when it is made."""
+class Proposer(Protocol):
+    """Seam 4: guesses the next tokens of requests it follows from step to step."""
 
-    def continuation(self, count: int) -> list[int]:
-        """Up to `count` tokens expected next; fewer, or none, where it has no idea."""
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """The step about to run copies these blocks, (from, to), of the KV cache."""
+        ...
+
+    def follow(self, scheduled: Sequence[ScheduledRequest]) -> None:
+        """A step over these has run, and they have moved on; requests that aren't among them are over or preempted."""
+        ...
+
+    def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> list[list[int]]:
+        """Up to `counts[i]` tokens expected next in `requests[i]`, each of which was followed; fewer, or none, without an idea."""
         ...
 
 
@@ -43,33 +50,32 @@ class SpeculationStats:
         return {"drafts": self.num_drafts, "draft_tokens": self.num_draft_tokens, "accepted_tokens": self.num_accepted_tokens}
 
 
-@dataclass(slots=True)
-class _State:
-    drafter: Drafter
-    acceptance: Acceptance
-
-
 class Speculation:
-    """`min_match`: tokens that must agree before a continuation is copied. `adaptive=False` always drafts `num_draft_tokens`."""
+    """`adaptive=False` always asks for `num_draft_tokens`."""
 
-    def __init__(self, num_draft_tokens: int, min_match: int, adaptive: bool = True) -> None:
+    def __init__(self, proposer: Proposer, num_draft_tokens: int, adaptive: bool = True) -> None:
+        self.proposer = proposer
         self.num_draft_tokens = num_draft_tokens
-        self.min_match = min_match
         self.adaptive = adaptive
         self.costs = CostModel()
         self.stats = SpeculationStats(accepted_at=[0] * num_draft_tokens)
-        self._states: dict[Request, _State] = {}
+        self._acceptance: dict[Request, Acceptance] = {}
 
-    def draft(self, running: Sequence[Request]) -> None:
-        """Gives each running request that has one token left to compute its drafts for the next step."""
-        states = self._states
-        self._states = {request: states.get(request) or self._follow(request) for request in running if request.num_left == 1}
-        share = self.costs.share(len(self._states)) if self.adaptive else 0.0
-        for request, state in self._states.items():
-            count = draft_length(state.acceptance.rate, share, self.num_draft_tokens) if self.adaptive else self.num_draft_tokens
-            request.draft_token_ids = state.drafter.continuation(count) if count else []
-            if not count:
-                state.acceptance.idle()
+    def draft(self, scheduled: Sequence[ScheduledRequest]) -> None:
+        """Gives each request of the step that has one token left to compute its drafts for the next step."""
+        going_on = [item for item in scheduled if item.request.status is RequestStatus.RUNNING]
+        self.proposer.follow(going_on)
+        known = self._acceptance
+        self._acceptance = {item.request: known.get(item.request) or Acceptance() for item in going_on}
+        ready = [item.request for item in going_on if item.request.num_left == 1]
+        counts = self._counts(ready)
+        asked = [(request, count) for request, count in zip(ready, counts, strict=True) if count]
+        started = time.perf_counter()
+        for (request, _), drafts in zip(asked, self.proposer.propose([r for r, _ in asked], [c for _, c in asked]), strict=True):
+            request.draft_token_ids = drafts
+        drafted = sum(len(request.draft_token_ids) for request in ready)
+        if drafted:
+            self.costs.drafted(drafted, time.perf_counter() - started)
 
     def verified(self, request: Request, drafted: int, accepted: int) -> None:
         """The model has looked at `drafted` tokens and kept the first `accepted`."""
@@ -78,19 +84,15 @@ class Speculation:
         self.stats.num_accepted_tokens += accepted
         for index in range(accepted):
             self.stats.accepted_at[index] += 1
-        state = self._states.get(request)
-        if state is not None:
-            state.acceptance.verified(drafted, accepted)
+        if request in self._acceptance:
+            self._acceptance[request].verified(drafted, accepted)
 
-    def _follow(self, request: Request) -> _State:
-        return _State(self._drafter(request), Acceptance())
-
-    def _drafter(self, request: Request) -> Drafter:
-        return NgramIndex(request.token_ids, self.min_match)
-
-
-def create_speculation(config: EngineConfig) -> Speculation | None:
-    """What the configuration asks for; None when it is to decode one token at a time."""
-    if config.speculative == "none":
-        return None
-    return Speculation(config.num_draft_tokens, config.ngram_min_match, config.adaptive_drafts)
+    def _counts(self, ready: Sequence[Request]) -> list[int]:
+        if not self.adaptive:
+            return [self.num_draft_tokens] * len(ready)
+        share = self.costs.share(len(ready))
+        counts = [draft_length(self._acceptance[request].rate, share, self.num_draft_tokens) for request in ready]
+        for request, count in zip(ready, counts, strict=True):
+            if not count:
+                self._acceptance[request].idle()
+        return counts

@@ -141,3 +141,12 @@ def test_the_table_has_a_row_for_each_field(cls: type) -> None:
     rows = config_table(cls).splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == [flag.name for flag in flags_of(cls)]
     assert all(row.replace("\\|", "").count("|") == 5 for row in rows)
+
+
+def test_the_form_of_an_answer_is_json_at_a_shell() -> None:
+    (flag,) = [flag for flag in flags_of(SamplingParams) if flag.name == "structured_outputs"]
+    assert flag.value('{"choice": ["a", "b"]}') == {"choice": ["a", "b"]}
+    assert flag.value(None) is None
+    for text, complaint in (("{", "is not JSON"), ("[1]", "takes a JSON object")):
+        with pytest.raises(ConfigError, match=complaint):
+            flag.value(text)

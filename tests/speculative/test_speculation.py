@@ -13,17 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from minfer import LLM, SamplingParams
 from minfer.engine.outputs import CompletionOutput
 from minfer.errors import ConfigError
 from minfer.sampling import Sampler
-from minfer.scheduler import Request
+from minfer.scheduler import Request, ScheduledRequest
 from minfer.speculative import DraftRow, accepted
 from minfer.speculative.policy import CostModel
-from minfer.speculative.speculation import Speculation
 
 BASE: dict[str, Any] = {"dtype": "float32", "threads": 1, "max_model_len": 256, "kv_cache_memory": 2**22}
 SPECULATIVE: dict[str, Any] = {"speculative": "ngram", "num_draft_tokens": 5, "ngram_min_match": 1, "adaptive_drafts": False}
@@ -61,6 +60,12 @@ def plain(request: pytest.FixtureRequest, tiny_llama: Path) -> LLM:
     return LLM(str(tiny_llama), prefix_caching=False, backend=request.param, **BASE)
 
 
+@pytest.fixture(scope="module")
+def stranger(make_checkpoint: Any) -> Path:
+    """A model of the same vocabulary and other weights, whose guesses are mostly wrong."""
+    return make_checkpoint("llama", seed=5)  # type: ignore[no-any-return]
+
+
 def ask(llm: LLM, batch: Sequence[Ask]) -> list[list[CompletionOutput]]:
     prompts = [{"prompt_token_ids": prompt_of(length, family)} for length, family, _ in batch]
     outputs = llm.generate(prompts, [PARAMS[kind] for *_, kind in batch], use_tqdm=False)
@@ -71,7 +76,7 @@ def ask(llm: LLM, batch: Sequence[Ask]) -> list[list[CompletionOutput]]:
 asks = st.lists(st.tuples(st.integers(1, 120), st.integers(0, 2), st.integers(0, len(PARAMS) - 1)), min_size=1, max_size=6)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 @given(
     batch=asks,
     block_size=st.sampled_from([1, 4, 16]),
@@ -80,10 +85,12 @@ asks = st.lists(st.tuples(st.integers(1, 120), st.integers(0, 2), st.integers(0,
     tight=st.booleans(),
     prefix_caching=st.booleans(),
     adaptive=st.booleans(),
+    drafter=st.sampled_from(["ngram", "stranger", "twin"]),
 )
 def test_outputs_are_those_of_plain_decoding(
     plain: LLM,
     tiny_llama: Path,
+    stranger: Path,
     batch: list[Ask],
     block_size: int,
     budget: int,
@@ -91,12 +98,15 @@ def test_outputs_are_those_of_plain_decoding(
     tight: bool,
     prefix_caching: bool,
     adaptive: bool,
+    drafter: str,
 ) -> None:
+    draft_model = {"ngram": None, "stranger": str(stranger), "twin": str(tiny_llama)}[drafter]
     llm = LLM(
         str(tiny_llama),
         **{
             **BASE,
             **SPECULATIVE,
+            **({"speculative": "draft", "draft_model": draft_model} if draft_model else {}),
             "backend": plain.engine.config.backend,
             "adaptive_drafts": adaptive,
             "max_model_len": 160,
@@ -104,7 +114,7 @@ def test_outputs_are_those_of_plain_decoding(
             "max_num_batched_tokens": budget,
             "max_num_seqs": seats,
             "prefix_caching": prefix_caching,
-            "kv_cache_memory": 2 * 2 * 2 * 16 * 4 * (192 if tight else 2048),
+            "kv_cache_memory": (1 + bool(draft_model)) * 2 * 2 * 2 * 16 * 4 * (192 if tight else 2048),
         },
     )
     for ours, theirs in zip(ask(llm, batch), (ask(plain, [one])[0] for one in batch), strict=True):
@@ -123,6 +133,31 @@ def test_repetition_is_found_and_saves_steps(tiny_llama: Path) -> None:
     assert stats.mean_accepted_length == 1 + stats.num_accepted_tokens / stats.num_drafts
 
 
+@pytest.mark.parametrize("settings", [{}, {"max_num_batched_tokens": 8, "max_num_seqs": 4}, {"block_size": 1}], ids=str)
+def test_a_draft_model_that_is_the_model_is_always_right(tiny_llama: Path, settings: dict[str, Any]) -> None:
+    """Whatever was rolled back, shared, chunked or found in the cache: any hole in the draft's own KV would show as a wrong guess."""
+    options = {**BASE, **SPECULATIVE, "speculative": "draft", "draft_model": str(tiny_llama), **settings}
+    llm = LLM(str(tiny_llama), **options)
+    batch = [(50, 0, 0), (90, 1, 1), (33, 1, 2), (17, 2, 3), (40, 2, 4)]
+    for _ in range(2):
+        ask(llm, batch)
+        stats = llm.engine.core.speculation.stats  # type: ignore[union-attr]
+        assert stats.num_accepted_tokens == stats.num_draft_tokens > 0
+    assert llm.engine.core.scheduler.stats.num_prefix_hits > 0
+
+
+def test_a_draft_model_that_does_not_fit_is_refused(tiny_llama: Path, make_checkpoint: Any) -> None:
+    options = {**BASE, "speculative": "draft"}
+    with pytest.raises(ConfigError, match="vocabulary of 300 tokens"):
+        LLM(str(tiny_llama), **options, draft_model=str(make_checkpoint("llama", vocab_size=300)))
+    with pytest.raises(ConfigError, match="set --max-model-len 64 or less"):
+        LLM(str(tiny_llama), **options, draft_model=str(make_checkpoint("llama", max_position_embeddings=64)))
+    with pytest.raises(ConfigError, match="each needs the other"):
+        LLM(str(tiny_llama), **options)
+    with pytest.raises(ConfigError, match="each needs the other"):
+        LLM(str(tiny_llama), **BASE, draft_model=str(tiny_llama))
+
+
 def test_the_cost_of_decode_steps_is_measured_and_prompt_chunks_are_left_out(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM(str(tiny_llama), **BASE, **SPECULATIVE, max_prefill_chunk=7)
     seen: list[int] = []
@@ -136,30 +171,29 @@ def test_the_cost_of_decode_steps_is_measured_and_prompt_chunks_are_left_out(tin
 class Oracle:
     """Guesses from a known continuation: all of it right, none of it, or every third token wrong."""
 
-    def __init__(self, request: Request, truth: list[int], kind: str) -> None:
-        self.request, self.truth, self.kind = request, truth, kind
+    def __init__(self, truth: list[int], kind: str) -> None:
+        self.truth, self.kind = truth, kind
 
-    def continuation(self, count: int) -> list[int]:
-        at = len(self.request.output_token_ids)
-        right = self.truth[at : at + count]
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None: ...
+
+    def follow(self, scheduled: Sequence[ScheduledRequest]) -> None: ...
+
+    def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> list[list[int]]:
         wrong = {"always": lambda n: False, "never": lambda n: True, "sometimes": lambda n: n % 3 == 2}[self.kind]
-        return [(token + 1) % 500 if wrong(at + i) else token for i, token in enumerate(right)]
-
-
-def oracle_llm(tiny_llama: Path, truth: list[int], kind: str, monkeypatch: pytest.MonkeyPatch) -> LLM:
-    llm = LLM(str(tiny_llama), **BASE, **SPECULATIVE)
-    monkeypatch.setattr(Speculation, "_drafter", lambda self, request: Oracle(request, truth, kind))
-    return llm
+        drafts = []
+        for request, count in zip(requests, counts, strict=True):
+            at = len(request.output_token_ids)
+            drafts.append([(token + 1) % 500 if wrong(at + i) else token for i, token in enumerate(self.truth[at : at + count])])
+        return drafts
 
 
 @pytest.mark.parametrize("kind", ["always", "never", "sometimes"])
 @pytest.mark.parametrize("params", PARAMS[:4], ids=str)
-def test_a_proposer_may_be_right_or_wrong(
-    plain: LLM, tiny_llama: Path, kind: str, params: SamplingParams, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_proposer_may_be_right_or_wrong(plain: LLM, tiny_llama: Path, kind: str, params: SamplingParams) -> None:
     prompt = {"prompt_token_ids": prompt_of(40, 1)}
     truth = plain.generate(prompt, params, use_tqdm=False)[0].outputs[0]
-    llm = oracle_llm(tiny_llama, truth.token_ids, kind, monkeypatch)
+    llm = LLM(str(tiny_llama), **BASE, **SPECULATIVE)
+    llm.engine.core.speculation.proposer = Oracle(truth.token_ids, kind)  # type: ignore[union-attr]
     (output,) = llm.generate(prompt, params, use_tqdm=False)
     assert said(output.outputs[0]) == said(truth)
     stats = llm.engine.core.speculation.stats  # type: ignore[union-attr]
@@ -167,12 +201,12 @@ def test_a_proposer_may_be_right_or_wrong(
     assert (rate == 0) if kind == "never" else (rate == 1) if kind == "always" else (0 < rate < 1)
 
 
-def test_a_stop_string_in_the_middle_of_right_drafts_ends_the_text_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_string_in_the_middle_of_right_drafts_ends_the_text_there() -> None:
     options: dict[str, Any] = {"dtype": "float32", "max_model_len": 256, "kv_cache_memory": 2**25}
     prompt, params = "1, 2, 3, 4, 5, 6,", SamplingParams(temperature=0, max_tokens=24)
     slow, fast = LLM("smollm2-135m", **options), LLM("smollm2-135m", **options, **SPECULATIVE)
     truth = slow.generate(prompt, params, use_tqdm=False)[0].outputs[0]
-    monkeypatch.setattr(Speculation, "_drafter", lambda self, request: Oracle(request, truth.token_ids, "always"))
+    fast.engine.core.speculation.proposer = Oracle(truth.token_ids, "always")  # type: ignore[union-attr]
     middle = truth.text[len(truth.text) // 2 :][:2]
     for stop in (SamplingParams(temperature=0, max_tokens=24, stop=[middle], include_stop_str_in_output=keep) for keep in (False, True)):
         ours, theirs = (llm.generate(prompt, stop, use_tqdm=False)[0].outputs[0] for llm in (fast, slow))
@@ -220,5 +254,5 @@ def test_a_verified_position_has_the_models_distribution(draft: int) -> None:
 
 
 def test_an_unknown_method_is_refused(tiny_llama: Path) -> None:
-    with pytest.raises(ConfigError, match="speculative must be one of none, ngram"):
+    with pytest.raises(ConfigError, match="speculative must be one of none, ngram, draft"):
         LLM(str(tiny_llama), **BASE, speculative="crystal-ball")
