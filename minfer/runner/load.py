@@ -90,15 +90,11 @@ def load_model(config: EngineConfig, on_phase: Callable[[str], None] = lambda na
         checkpoint = quantized_as_asked(checkpoint, config.quant, on_phase)
     with phases("read weights"), torch.inference_mode():
         model = create_model(model_config, ops, max_len, device)
-<<<<<<< HEAD
         load_weights(model, finite(checkpoint.tensors(keep_packed=config.quant != "none"), checkpoint.tensor_infos))
-=======
-        load_weights(model, checkpoint.tensors(keep_packed=config.quant != "none"))
     draft = None
     if config.draft_model is not None:
         with phases("read draft model"), torch.inference_mode():
             draft = _read_draft(config, config.draft_model, model_config, ops, max_len, device)
->>>>>>> a34bf4b (A draft model guesses ahead: its KV in the target's blocks, its tokens drawn with the target's random numbers)
     with phases("size KV cache"):
         blocks = num_kv_blocks(config, model_config, max_len, kv_dtype, device, draft.config if draft is not None else None)
         cache = KVCache(model_config, blocks, config.block_size, kv_dtype, device)
@@ -123,7 +119,7 @@ def _read_draft(config: EngineConfig, name: str, target: ModelConfig, ops: Ops, 
     if longest < max_len:
         raise ConfigError(f"draft_model {name} was made for {longest} tokens; set --max-model-len {longest} or less")
     model = create_model(own, ops, max_len, device)
-    load_weights(model, checkpoint.tensors(keep_packed=config.quant != "none"))
+    load_weights(model, finite(checkpoint.tensors(keep_packed=config.quant != "none"), checkpoint.tensor_infos))
     return model
 
 
