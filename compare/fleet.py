@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compare.machine import available_memory
+from compare.machine import available_memory, total_memory
 from compare.process import EngineProcess
 from compare.protocol import LoadOptions
 
-SPARE_BYTES = 3 << 30  # left for the system, the page cache and the run itself
+SPARE_BYTES = 5 << 30  # left for what engines allocate as they work, for the system and the page cache; at most a quarter of all
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,10 @@ class Fleet:
             self.drop(label)
 
     def _make_room(self, need: int) -> None:
+        spare = min(SPARE_BYTES, (total_memory() or 4 * SPARE_BYTES) // 4)
         while self._running:
             free = available_memory()
-            if free is None or free > need + SPARE_BYTES:
+            if free is None or free > need + spare:
                 return
             self.drop(next(iter(self._running)))
 

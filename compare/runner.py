@@ -73,7 +73,7 @@ class Runner:
         self.reference, self.progress = reference, progress
         self.cases = ([GATE] if reference is not None and not any(c.workload == "quality" for c in cases) else []) + cases
         self._shape = Shape.from_config(weights.config)
-        self._warm: set[tuple[int, str]] = set()
+        self._warm: set[tuple[str, str]] = set()  # contender and case, since the contender was loaded
 
     def cells(self) -> Iterable[tuple[Entry, Case, int]]:
         """Every cell that may be run, in order: by workload, then repeat, then case, engines forwards and backwards in turn."""
@@ -152,21 +152,23 @@ class Runner:
         if case.kind in ("load", "memory"):
             start = time.monotonic()
             return *self._fresh(fleet, entry, case), time.monotonic() - start
-        process, _ = fleet.use(entry.launch, self._options(entry, case), lambda facts: self._loaded(entry, facts))
+        process, new = fleet.use(entry.launch, self._options(entry, case), lambda facts: self._loaded(entry, facts))
+        if new:
+            self._warm = {pair for pair in self._warm if pair[0] != entry.launch.label}
         start = time.monotonic()
         try:
             if case.kind == "quality":
                 return self._quality(process, entry, case), [], time.monotonic() - start
-            traces = self._timed(process, case)
+            traces = self._timed(process, entry, case)
             return summarise(traces, case.slo), traces, time.monotonic() - start
         finally:
             process.pause()
 
-    def _timed(self, process: EngineProcess, case: Case) -> list[Trace]:
-        requests, vocab = list(case.requests), self.weights.vocab_size
-        if (id(process), case.key) not in self._warm:
+    def _timed(self, process: EngineProcess, entry: Entry, case: Case) -> list[Trace]:
+        requests, vocab, pair = list(case.requests), self.weights.vocab_size, (entry.launch.label, case.key)
+        if pair not in self._warm:
             process.generate(warm_up(case), self.settings.limit, vocab)
-            self._warm.add((id(process), case.key))
+            self._warm.add(pair)
         return process.generate(requests, self.settings.limit, vocab)
 
     def _quality(self, process: EngineProcess, entry: Entry, case: Case) -> Numbers:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compare import measure
@@ -52,6 +52,7 @@ def test_percentiles_need_their_sample() -> None:
     assert "x_p99_s" in many
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50), st.floats(0, 100))
 def test_percentile_is_numpys(values: list[float], q: float) -> None:
     assert measure.percentile(values, q) == pytest.approx(float(np.percentile(values, q)), abs=1e-6)
@@ -105,6 +106,7 @@ def test_agreement_stops_at_the_first_difference() -> None:
     assert numbers["first_token_share"] == pytest.approx(2 / 3)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.01, 1), min_size=4, max_size=12), st.lists(st.floats(0.01, 1), min_size=12, max_size=12))
 def test_coarse_kl_is_a_lower_bound_of_the_whole(a: list[float], b: list[float]) -> None:
     p, q = np.array(a) / sum(a), np.array(b[: len(a)]) / sum(b[: len(a)])

@@ -9,7 +9,8 @@ import pytest
 
 from compare.budget import Budget
 from compare.fleet import Fleet, Launch
-from compare.protocol import Request
+from compare.process import EngineProcess
+from compare.protocol import Request, Trace
 from compare.results import Contender, Store, read_results
 from compare.runner import Entry, Runner, Settings, warm_up
 from compare.weights import Weights
@@ -170,3 +171,20 @@ def test_the_fleet_reloads_only_when_options_change(tmp_path: Path) -> None:
         assert second is not first
         assert not first.alive
     assert not second.alive
+
+
+def test_an_engine_that_was_loaded_again_is_warmed_up_again(tmp_path: Path) -> None:
+    run, _ = runner(tmp_path, ["a"], CASES[:1], repeats=2)
+    run.progress = lambda label, case, repeat: asked.append("next")
+    asked: list[str] = []
+    timed = run._timed
+
+    def spy(process: EngineProcess, entry: Entry, case: Case) -> list[Trace]:
+        asked.append("cold" if (entry.launch.label, case.key) not in run._warm else "warm")
+        traces = timed(process, entry, case)
+        process.kill()  # the fleet will have to load it again
+        return traces
+
+    run._timed = spy  # type: ignore[method-assign]
+    run.run()
+    assert asked == ["next", "cold", "next", "cold"]
