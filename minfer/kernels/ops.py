@@ -29,7 +29,7 @@ import torch
 
 from minfer.batch import Batch
 from minfer.errors import ConfigError, ModelLoadError
-from minfer.kvcache import LayerCache
+from minfer.kvcache import FORMATS, LayerCache
 from minfer.quant import PackedWeight
 
 logger = logging.getLogger("minfer.kernels")
@@ -60,6 +60,7 @@ class Backend(ABC):
     """A set of kernels. It implements any of `OP_NAMES` as methods with the signatures that `Ops` documents."""
 
     name: str
+    kv_formats: Sequence[str] = tuple(FORMATS)  # of the KV cache, that its write_kv and attention know
 
     @abstractmethod
     def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
@@ -105,6 +106,16 @@ class Ops:
             setattr(self, "_" + op, implementation)
             self.chosen[op] = backend.name
         logger.info("kernels: %s", ", ".join(f"{op}={name}" for op, name in self.chosen.items()))
+
+    def check_kv_format(self, name: str) -> None:
+        """Raises ConfigError if a chosen kernel can't write or read a KV cache of this format."""
+        for op in ("write_kv", "attention"):
+            backend = next(b for b in self.backends if b.name == self.chosen[op])
+            if name not in backend.kv_formats:
+                raise ConfigError(
+                    f"the {backend.name} backend's {op} doesn't know kv_cache_dtype {name}; use {', '.join(backend.kv_formats)}, "
+                    "or --backend reference"
+                )
 
     def prepare(self, weight: torch.Tensor | PackedWeight) -> Weight:
         """Repacks a matrix for the first backend that takes it. Raises ModelLoadError with every reason for declining."""

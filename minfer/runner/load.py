@@ -85,8 +85,9 @@ def load_model(config: EngineConfig, on_phase: Callable[[str], None] = lambda na
         dtype = pick_dtype(config, checkpoint, device)
         max_len = pick_max_len(config, model_config)
         kv_dtype = pick_kv_dtype(config, dtype)
-        KVCache.token_bytes(model_config, kv_dtype)  # raises where this head size can't be stored so
         ops = select_ops(device, dtype, config.backend, config.threads, config.activations)
+        ops.check_kv_format(format_of(kv_dtype).name)
+        format_of(kv_dtype).width(model_config.head_dim)  # raises where heads of this size can't be stored so
         checkpoint = quantized_as_asked(checkpoint, config.quant, on_phase)
     with phases("read weights"), torch.inference_mode():
         model = create_model(model_config, ops, max_len, device)

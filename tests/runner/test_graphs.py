@@ -53,9 +53,10 @@ def batch_of(lengths: list[tuple[int, int]]) -> Batch:
 
 @pytest.mark.skipif(find() is None, reason="the compiled CPU kernels are not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_replay_equals_eager(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("stored", [None, torch.float8_e4m3fn, torch.int8, torch.uint8])
+def test_replay_equals_eager(dtype: torch.dtype, stored: torch.dtype | None) -> None:
     model = make_model(dtype, "cpu")
-    eager, replayed = (KVCache(CONFIG, 16, 16, dtype, CPU) for _ in range(2))
+    eager, replayed = (KVCache(CONFIG, 16, 16, stored or dtype, CPU) for _ in range(2))
     graph = capture(lambda batch: model(batch, replayed), model.model.layers[0].self_attn.ops, max_tokens=128, max_requests=4)
     for lengths in STEPS:
         batch = batch_of(lengths)

@@ -19,7 +19,7 @@ from minfer.kvcache import LayerCache
 from minfer.quant import PackedWeight
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_MAX_HEAD_DIM = 1024  # attention.cpp keeps a row of zeros of this length
+_MAX_HEAD_DIM = 1024  # kMaxHeadDim in kv_codes.h
 
 
 class CpuBackend(Backend):
@@ -41,14 +41,14 @@ class CpuBackend(Backend):
         )
         self._write_kv = runtime.op(
             "write_kv",
-            "ptr k, ptr v, ptr k_cache, ptr v_cache, ptr slots, int rows, int heads, int dim, int block_size, int k_stride, int v_stride, "
-            "int dtype, int cache_dtype",
+            "ptr k, ptr v, ptr k_cache, ptr v_cache, ptr k_scale, ptr v_scale, ptr slots, int rows, int heads, int dim, int block_size, "
+            "int k_stride, int v_stride, int dtype, int cache_dtype",
         )
         self._attention = runtime.op(
             "attention",
-            "ptr q, ptr k_cache, ptr v_cache, ptr out, ptr query_start, ptr seq_lens, ptr block_tables, int requests, int heads, "
-            "int kv_heads, int dim, int block_size, int q_stride, int table_stride, int dtype, int cache_dtype, int window, "
-            "double scale, double softcap",
+            "ptr q, ptr k_cache, ptr v_cache, ptr k_scale, ptr v_scale, ptr out, ptr query_start, ptr seq_lens, ptr block_tables, "
+            "int requests, int heads, int kv_heads, int dim, int block_size, int q_stride, int table_stride, int dtype, int cache_dtype, "
+            "int window, double scale, double softcap",
         )
         self._silu_mul = runtime.op("silu_mul", "ptr x, ptr out, int rows, int width, int x_stride, int dtype")
         self._argmax = runtime.op("argmax", "ptr x, ptr out, int rows, int width, int x_stride, int dtype")
@@ -88,10 +88,11 @@ class CpuBackend(Backend):
         _same_type("v", v, k)
         _index("slots", slots, torch.int64)
         rows, heads, dim = k.shape
+        _head_dim(dim)
         ptr = self.runtime.ptr
-        pointers = (ptr(k), ptr(v), ptr(cache.k), ptr(cache.v), ptr(slots))
+        pointers = (ptr(k), ptr(v), *map(ptr, (cache.k, cache.v, cache.k_scale, cache.v_scale)), ptr(slots))
         strides = (_row_stride(k, "k"), _row_stride(v, "v"))
-        self._write_kv(*pointers, rows, heads, dim, cache.block_size, *strides, _code(k), _code(cache.k))
+        self._write_kv(*pointers, rows, heads, dim, cache.block_size, *strides, _code(k), DTYPES[cache.format.dtype])
 
     def attention(
         self,
@@ -103,16 +104,16 @@ class CpuBackend(Backend):
         softcap: float | None = None,
     ) -> torch.Tensor:
         rows, heads, dim = q.shape
-        if dim > _MAX_HEAD_DIM or dim % 2:
-            raise ConfigError(f"the cpu backend's attention takes an even head_dim up to {_MAX_HEAD_DIM}, not {dim}")
+        _head_dim(dim)
         for name in ("query_start", "seq_lens", "block_tables"):
             _index(name, getattr(batch, name), torch.int32)
         runtime, ptr = self.runtime, self.runtime.ptr
         out = runtime.empty((rows, heads, dim), q.dtype)
-        pointers = (ptr(q), ptr(cache.k), ptr(cache.v), ptr(out), ptr(batch.query_start), ptr(batch.seq_lens), ptr(batch.block_tables))
-        sizes = (batch.num_requests, heads, cache.k.shape[1], dim, cache.block_size)
+        pages = map(ptr, (cache.k, cache.v, cache.k_scale, cache.v_scale))
+        pointers = (ptr(q), *pages, ptr(out), ptr(batch.query_start), ptr(batch.seq_lens), ptr(batch.block_tables))
+        sizes = (batch.num_requests, heads, cache.kv_heads, dim, cache.block_size)
         strides = (_row_stride(q, "q"), batch.block_tables.stride(0))
-        self._attention(*pointers, *sizes, *strides, _code(q), _code(cache.k), window or 0, scale, softcap or 0.0)
+        self._attention(*pointers, *sizes, *strides, _code(q), DTYPES[cache.format.dtype], window or 0, scale, softcap or 0.0)
         return out
 
     def act_mul(self, x: torch.Tensor, kind: str) -> torch.Tensor:
@@ -135,6 +136,11 @@ def _code(tensor: torch.Tensor) -> int:
     if tensor.dtype not in FLOATS:
         raise ConfigError(f"the cpu backend computes in float32, bfloat16 and float16, not {tensor.dtype}")
     return DTYPES[tensor.dtype]
+
+
+def _head_dim(dim: int) -> None:
+    if dim > _MAX_HEAD_DIM or dim % 2:
+        raise ConfigError(f"the cpu backend's attention takes an even head_dim up to {_MAX_HEAD_DIM}, not {dim}")
 
 
 def _row_stride(tensor: torch.Tensor, name: str) -> int:

@@ -20,7 +20,17 @@ namespace minfer {
 class Pool;
 
 // Must agree with DTYPES in library.py.
-enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kInt32 = 4, kInt64 = 5 };
+enum DType : int64_t {
+  kFloat32 = 0,
+  kBFloat16 = 1,
+  kFloat16 = 2,
+  kInt8 = 3,
+  kInt32 = 4,
+  kInt64 = 5,
+  kFloat8E4m3 = 6,
+  kFloat8E5m2 = 7,
+  kUint8 = 8,
+};
 
 using OpFunction = void (*)(const void* args, Pool& pool);
 

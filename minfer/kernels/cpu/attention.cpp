@@ -15,8 +15,10 @@ namespace {
 
 struct AttentionArgs {
   const void* q;        // [T, heads, dim], tokens q_stride elements apart
-  const void* k_cache;  // [blocks, kv_heads, block_size, dim]
+  const void* k_cache;  // [blocks, kv_heads, block_size, width]
   const void* v_cache;
+  const BFloat16* k_scale;  // [blocks, kv_heads, block_size], where the cache is quantised
+  const BFloat16* v_scale;
   void* out;                    // [T, heads, dim]
   const int32_t* query_start;   // [requests + 1]
   const int32_t* seq_lens;      // [requests]
@@ -66,22 +68,31 @@ struct Head {
   int64_t first_key(int64_t row) const { return a.window > 0 ? larger(0, position(row) - a.window + 1) : 0; }
   int64_t query_head(int64_t row) const { return kv_head * group + row % group; }
 
-  // Element offset of this head's part of the request's n-th block in the caches.
-  int64_t block_offset(int64_t n) const {
-    return (a.block_tables[request * a.table_stride + n] * a.kv_heads + kv_head) * a.block_size * a.dim;
+  // Where this head's part of the request's n-th block begins in the caches, in rows.
+  int64_t block_row(int64_t n) const {
+    return (a.block_tables[request * a.table_stride + n] * a.kv_heads + kv_head) * a.block_size;
   }
 };
 
-// ---- everything below is compiled for one kind of words, query type and cache type ----
+// ---- everything below is compiled for one kind of words, query type and cache type (uint8_t: codes) ----
 
 template <class Words, class Q, class C>
 struct Attention {
   static constexpr int kStep = Words::kStep;
+  static constexpr bool kCoded = sizeof(C) == 1;
   const AttentionArgs& a;
   int64_t words, channels;  // words of a row of q or k; channels padded to whole vectors
+  Coding coding{};          // of a quantised cache
+  int64_t width;            // elements of a row of the cache
 
   explicit Attention(const AttentionArgs& args)
-      : a(args), words(args.dim / kStep), channels(round_up(args.dim, larger(kLanes, 8))) {}
+      : a(args), words(args.dim / kStep), channels(round_up(args.dim, larger(kLanes, 8))), width(args.dim) {
+    if (kCoded) {
+      coding = Coding::of<Words>(args.cache_dtype);
+      width /= coding.planes;
+    }
+  }
+  bool rotated() const { return kCoded && coding.planes == 2; }
 
   // Keys of one tile as the products want them.
   struct Tile {
@@ -90,11 +101,15 @@ struct Attention {
     const char* keys[kTile];
     const C* values[kTile];
     Word* v;                // [kTile / kStep, channels]
+    float* k_scale;         // [kTile] of a quantised cache: what a product becomes a score by
+    float* v_scale;         // [kTile]: what a probability is multiplied by before it meets v
   };
 
   void carve(Carver& carver, Tile& tile) const {
     tile.k = carver.take<Word>(kReadsCache ? 0 : kTile * words);
     tile.v = carver.take<Word>(kTile / kStep * channels);
+    tile.k_scale = carver.take<float>(kCoded ? kTile : 0);
+    tile.v_scale = carver.take<float>(kCoded ? kTile : 0);
   }
 
   static constexpr bool kReadsCache = kStep * sizeof(C) == sizeof(Word);
@@ -104,28 +119,33 @@ struct Attention {
   struct Ahead {
     const Head* head = nullptr;
     const C* cache = nullptr;
-    int64_t key = 0, end = 0;
+    const BFloat16* scales = nullptr;
+    int64_t width = 0, key = 0, end = 0;
     const char* row = nullptr;  // where `key` lies, once its block was looked up
     int64_t left = 0;           // keys up to the end of that block
 
     void rows(int64_t count) {
       const AttentionArgs& a = head->a;
-      const int64_t bytes = a.dim * static_cast<int64_t>(sizeof(C));
+      const int64_t bytes = width * static_cast<int64_t>(sizeof(C));
       for (; count > 0 && key < end; --count, ++key, --left, row += bytes) {
         if (left == 0) {
           const int64_t within = key % a.block_size;
-          row = reinterpret_cast<const char*>(cache + head->block_offset(key / a.block_size) + within * a.dim);
+          const int64_t at = head->block_row(key / a.block_size) + within;
+          row = reinterpret_cast<const char*>(cache + at * width);
           left = a.block_size - within;
+          if (kCoded) __builtin_prefetch(scales + at);
         }
         for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte);
       }
     }
   };
 
-  Ahead ahead(const Head& head, const void* cache, int64_t first) const {
+  Ahead ahead(const Head& head, const void* cache, const BFloat16* scales, int64_t first) const {
     Ahead ahead;
     ahead.head = &head;
     ahead.cache = static_cast<const C*>(cache);
+    ahead.scales = scales;
+    ahead.width = width;
     ahead.key = first;
     ahead.end = smaller(first + kTile, head.seq_len);
     return ahead;
@@ -133,7 +153,7 @@ struct Attention {
 
   void read_tile(const Head& head, int64_t first, Tile& tile) const {
     read_keys(head, first, tile);
-    read_values(tile, ahead(head, a.k_cache, head.seq_len));
+    read_values(tile, ahead(head, a.k_cache, a.k_scale, head.seq_len));
   }
 
   void read_keys(const Head& head, int64_t first, Tile& tile) const {
@@ -141,26 +161,57 @@ struct Attention {
     tile.count = smaller(kTile, head.seq_len - first);
     const C* k_cache = static_cast<const C*>(a.k_cache);
     const C* v_cache = static_cast<const C*>(a.v_cache);
-    int64_t block = first / a.block_size, within = first % a.block_size, offset = head.block_offset(block) + within * a.dim;
-    for (int64_t j = 0; j < tile.count; ++j, ++within, offset += a.dim) {
+    int64_t block = first / a.block_size, within = first % a.block_size, at = head.block_row(block) + within;
+    const C* rows[kTile];
+    for (int64_t j = 0; j < tile.count; ++j, ++within, ++at) {
       if (within == a.block_size) {
         within = 0;
-        offset = head.block_offset(++block);
+        at = head.block_row(++block);
       }
-      tile.values[j] = v_cache + offset;
-      if (kReadsCache) {
-        tile.keys[j] = reinterpret_cast<const char*>(k_cache + offset);
-      } else {
-        Words::from_row(k_cache + offset, a.dim, tile.k + j * words);
-        tile.keys[j] = reinterpret_cast<const char*>(tile.k + j * words);
-      }
+      tile.values[j] = v_cache + at * width;
+      rows[j] = k_cache + at * width;
+      tile.keys[j] = reinterpret_cast<const char*>(kReadsCache ? rows[j] : static_cast<const void*>(tile.k + j * words));
+    }
+    if constexpr (kCoded) {
+      coding.rows(rows, tile.count, a.dim, tile.k, words);
+      read_scales(head, tile);
+    } else if constexpr (!kReadsCache) {
+      for (int64_t j = 0; j < tile.count; ++j) Words::from_row(rows[j], a.dim, tile.k + j * words);
     }
     // Whole vectors and micro-kernel rows read past the last key; what they read is masked or dropped, but must be there.
     for (int64_t j = tile.count; j < kTile; ++j) tile.keys[j] = tile.keys[0];
   }
 
+  void read_scales(const Head& head, Tile& tile) const {
+    const float k_factor = coding.unit * static_cast<float>(a.scale), v_factor = coding.unit;
+    for (int64_t j = 0, run; j < tile.count; j += run) {  // a run: the keys of one block
+      const int64_t key = tile.first + j, within = key % a.block_size, at = head.block_row(key / a.block_size) + within;
+      run = smaller(tile.count - j, a.block_size - within);
+      for (int64_t i = 0; i < run; ++i) {
+        tile.k_scale[j + i] = bit_cast<float>(static_cast<uint32_t>(a.k_scale[at + i].bits) << 16) * k_factor;
+        tile.v_scale[j + i] = bit_cast<float>(static_cast<uint32_t>(a.v_scale[at + i].bits) << 16) * v_factor;
+      }
+    }
+    for (int64_t j = tile.count; j < kTile; ++j) tile.k_scale[j] = tile.v_scale[j] = 0;
+  }
+
   void read_values(Tile& tile, Ahead next) const {
-    alignas(64) static const C zeros[1024] = {};
+    if constexpr (kCoded) {
+      for (int64_t j = 0; j < tile.count; j += kLanes) {
+        next.rows(kLanes);
+        Word* out = tile.v + j / kStep * channels;
+        coding.keys(tile.values + j, smaller(kLanes, tile.count - j), a.dim, out, channels);
+        for (int64_t i = 0; i < kLanes / kStep; ++i) {
+          for (int64_t d = a.dim; d < channels; ++d) out[i * channels + d] = 0;
+        }
+      }
+    } else {
+      read_plain_values(tile, next);
+    }
+  }
+
+  void read_plain_values(Tile& tile, Ahead next) const {
+    alignas(64) static const C zeros[kMaxHeadDim] = {};
     for (int64_t j = 0; j < tile.count; j += kStep) {
       next.rows(kStep);
       Word* out = tile.v + j / kStep * channels;
@@ -169,8 +220,8 @@ struct Attention {
     }
   }
 
-  Vec score(Vec product) const {
-    const Vec s = product * broadcast(static_cast<float>(a.scale));
+  Vec score(Vec product, Vec factor) const {
+    const Vec s = product * factor;
     return a.softcap > 0 ? soft_cap(s, static_cast<float>(a.softcap)) : s;
   }
 
@@ -178,9 +229,21 @@ struct Attention {
     return static_cast<const Q*>(a.q) + (head.first_token + row / head.group) * a.q_stride + head.query_head(row) * a.dim;
   }
 
+  // A row of q as words, rotated as the keys are. `line` holds dim floats.
+  void query_words(const Head& head, int64_t row, float* line, Word* out) const {
+    const Q* q = query(head, row);
+    if (!rotated()) return Words::from_row(q, a.dim, out);
+    Singles::from_row(q, a.dim, reinterpret_cast<Word*>(line));
+    hadamard(line, a.dim);
+    int64_t d = 0;
+    for (; d + kLanes <= a.dim; d += kLanes) Words::store_row(out, d, load(line + d), kLanes);
+    if (d < a.dim) Words::store_row(out, d, load_some(line + d, a.dim - d), a.dim - d);
+  }
+
   // Writes o / l of one query row, which lies in o with `stride` floats between channels.
   void write(const Head& head, int64_t row, const float* o, int64_t stride, float l, float* line) const {
     for (int64_t d = 0; d < a.dim; ++d) line[d] = o[d * stride];
+    if (rotated()) hadamard(line, a.dim);
     Q* out = static_cast<Q*>(a.out) + ((head.first_token + row / head.group) * a.heads + head.query_head(row)) * a.dim;
     const Vec factor = broadcast(1.0f / l);
     int64_t d = 0;
@@ -216,10 +279,10 @@ struct Attention {
   // Tiles [first, first + count) of a request for all its query rows; out: [rows, tiles] partials.
   void few_rows(const Head& head, int64_t first, int64_t count, int64_t tiles, float* out, FewRows& w) const {
     const int64_t rows = head.rows();
-    for (int64_t row = 0; row < kFewRows; ++row) Words::from_row(query(head, smaller(row, rows - 1)), a.dim, w.q + row * words);
+    for (int64_t row = 0; row < kFewRows; ++row) query_words(head, smaller(row, rows - 1), w.s, w.q + row * words);
     for (int64_t t = first; t < first + count; ++t) {
       read_keys(head, t * kTile, w.tile);
-      Ahead values = ahead(head, a.v_cache, t * kTile);
+      Ahead values = ahead(head, a.v_cache, a.v_scale, t * kTile);
       for (int64_t j = 0; j < w.tile.count; j += kLanes) {
         values.rows(kLanes);
         transpose(w.tile.keys + j, words, w.k + j, kTile);
@@ -232,7 +295,7 @@ struct Attention {
         default: tile_of_rows<8>(w);
       }
       for (int64_t row = 0; row < rows; ++row) softmax_row(head, row, w, out + (row * tiles + t) * partial_floats());
-      read_values(w.tile, ahead(head, a.k_cache, (t + 1 < first + count ? t + 1 : tiles) * kTile));
+      read_values(w.tile, ahead(head, a.k_cache, a.k_scale, (t + 1 < first + count ? t + 1 : tiles) * kTile));
       values_of_rows(rows, w, out + t * partial_floats() + sizeof(Partial) / sizeof(float), tiles * partial_floats());
     }
   }
@@ -254,7 +317,8 @@ struct Attention {
     Vec m = broadcast(kMinusInfinity);
     for (int64_t j = 0; j < w.tile.count; j += kLanes, key += kLanes) {
       const IntVec visible = (key <= static_cast<int32_t>(smaller(last, kTile))) & (key >= static_cast<int32_t>(larger(begin, 0)));
-      const Vec v = select(visible, score(load(s + j)), broadcast(kMinusInfinity));
+      const Vec factor = kCoded ? load(w.tile.k_scale + j) : broadcast(static_cast<float>(a.scale));
+      const Vec v = select(visible, score(load(s + j), factor), broadcast(kMinusInfinity));
       store(s + j, v);
       m = max(v, m);
     }
@@ -264,7 +328,7 @@ struct Attention {
     for (int64_t j = 0; j < w.tile.count; j += kLanes) {
       const Vec p = exp(load(s + j) - subtract);
       l += p;
-      Words::store_probabilities(w.p + row * (kTile / kStep), j, p);
+      Words::store_probabilities(w.p + row * (kTile / kStep), j, kCoded ? p * load(w.tile.v_scale + j) : p);
     }
     partial[0] = top;
     partial[1] = sum(l);
@@ -370,7 +434,7 @@ struct Attention {
     panel.rows = rows;
     for (int64_t row = 0; row < kPanel; ++row) {
       const int64_t source = first + smaller(row, rows - 1);  // the last lanes repeat a row that is dropped again
-      Words::from_row(query(head, source), a.dim, line);
+      query_words(head, source, panel.o, line);
       for (int64_t word = 0; word < words; ++word) panel.q[word * kPanel + row] = line[word];
       panel.last[row] = static_cast<int32_t>(head.position(source));
       panel.begin[row] = static_cast<int32_t>(head.first_key(source));
@@ -413,7 +477,8 @@ struct Attention {
     Vec m = broadcast(kMinusInfinity);
     for (int64_t j = 0; j < keys; ++j) {
       const int32_t key = static_cast<int32_t>(w.tile.first + j);
-      const Vec v = select((last >= key) & (begin <= key), score(load(s + j * kPanel)), broadcast(kMinusInfinity));
+      const Vec factor = broadcast(kCoded ? w.tile.k_scale[j] : static_cast<float>(a.scale));
+      const Vec v = select((last >= key) & (begin <= key), score(load(s + j * kPanel), factor), broadcast(kMinusInfinity));
       store(s + j * kPanel, v);
       m = max(v, m);
     }
@@ -424,6 +489,7 @@ struct Attention {
       for (int i = 0; i < count; ++i) {
         p[i] = exp(load(s + (j + i) * kPanel) - subtract);
         sums[lane + i] += p[i];
+        if (kCoded) p[i] *= broadcast(w.tile.v_scale[j + i]);
       }
       store_words(w.p + j / kStep * kPanel + n * kLanes, Words::from_probabilities(p));
     };
@@ -555,10 +621,13 @@ struct Attention {
 };
 
 void attention(const AttentionArgs& args, Pool& pool) {
+  const bool coded = is_quantised(args.cache_dtype);
 #if defined(MINFER_ISA_avx512)
   if (args.dtype == kBFloat16 && args.cache_dtype == kBFloat16) return Attention<Pairs, BFloat16, BFloat16>(args).run(pool);
+  if (args.dtype == kBFloat16 && coded) return Attention<Pairs, BFloat16, uint8_t>(args).run(pool);
 #endif
   with_float_type(args.dtype, [&](auto type) {
+    if (coded) return Attention<Singles, decltype(type), uint8_t>(args).run(pool);
     with_float_type(args.cache_dtype, [&](auto cache_type) {
       Attention<Singles, decltype(type), decltype(cache_type)>(args).run(pool);
     });

@@ -5,6 +5,7 @@
 //     s_j = scale * sum_d q_d k_jd         m = max_j s_j         p_j = exp(s_j - m)
 //     l = sum_j p_j                        o_d = sum_j p_j v_jd
 //
+// (over a quantised cache k_jd and v_jd are codes, scale is one of its own for each key, and p_j takes v's before the product)
 // with every sum in one fixed order, and the tiles' (m, l, o) are then merged from the first to the last. None of it depends
 // on how many rows are computed together, which thread does it, or how a prompt was cut: chunked prefill, decode and a
 // split over threads give the same bits.
@@ -18,6 +19,7 @@
 
 #include <cstdint>
 
+#include "kv_codes.h"
 #include "simd.h"
 
 namespace minfer {
@@ -65,6 +67,11 @@ struct Singles {
     from_row(first, count, out);
   }
 
+  // Both for n <= kLanes channels of decoded codes, from `channel` on.
+  static void put_row(Word* out, int64_t channel, Vec v, int64_t n) { std::memcpy(out + channel, &v, n * sizeof(Word)); }
+  static void put_keys(Word* out, int64_t channel, Vec first, Vec, int64_t n) { put_row(out, channel, first, n); }
+  static void store_row(Word* out, int64_t channel, Vec v, int64_t n) { put_row(out, channel, v, n); }
+
   // The same for probabilities: lanes of rows (kStep vectors into one), or lanes of keys (kLanes keys).
   static UintVec from_probabilities(const Vec* p) { return bit_cast<UintVec>(p[0]); }
   static void store_probabilities(Word* out, int64_t key, Vec p) { store_words(out + key, bit_cast<UintVec>(p)); }
@@ -86,6 +93,20 @@ struct Pairs {
     for (; i < count; ++i) out[i] = first[i].bits | static_cast<Word>(second[i].bits) << 16;
   }
 
+  // A code is a bfloat16 number, so the lower half of its float is zero.
+  static void put_row(Word* out, int64_t channel, Vec v, int64_t n) {
+    const HalfVec h = __builtin_convertvector(bit_cast<UintVec>(v) >> 16, HalfVec);
+    std::memcpy(reinterpret_cast<BFloat16*>(out) + channel, &h, n * sizeof(BFloat16));
+  }
+  static void store_row(Word* out, int64_t channel, Vec v, int64_t n) {  // any numbers, rounded
+    const HalfVec h = to_bfloat16(v);
+    std::memcpy(reinterpret_cast<BFloat16*>(out) + channel, &h, n * sizeof(BFloat16));
+  }
+  static void put_keys(Word* out, int64_t channel, Vec first, Vec second, int64_t n) {
+    const UintVec words = bit_cast<UintVec>(first) >> 16 | bit_cast<UintVec>(second);
+    std::memcpy(out + channel, &words, n * sizeof(Word));
+  }
+
   static UintVec from_probabilities(const Vec* p) { return zip(to_bfloat16(p[0]), to_bfloat16(p[1])); }
   static void store_probabilities(Word* out, int64_t key, Vec p) { store(reinterpret_cast<BFloat16*>(out) + key, p); }
 
@@ -100,6 +121,63 @@ struct Pairs {
   }
 };
 #endif
+
+// ---- quantised rows as words ----
+
+// Calls put(channel, planes of a, planes of b, n) along two rows of codes.
+template <class Codes, class Put>
+inline void for_codes(const uint8_t* a, const uint8_t* b, int64_t dim, const Put& put) {
+  const int64_t plane = dim / Codes::kPlanes;
+  Vec first[Codes::kPlanes], second[Codes::kPlanes];
+  int64_t i = 0;
+  for (; i + kLanes <= plane; i += kLanes) {
+    Codes::load(a + i, first);
+    Codes::load(b + i, second);
+    for (int p = 0; p < Codes::kPlanes; ++p) put(p * plane + i, first[p], second[p], kLanes);
+  }
+  if (i == plane) return;
+  uint8_t padded[2][kLanes] = {};
+  std::memcpy(padded[0], a + i, plane - i);
+  std::memcpy(padded[1], b + i, plane - i);
+  Codes::load(padded[0], first);
+  Codes::load(padded[1], second);
+  for (int p = 0; p < Codes::kPlanes; ++p) put(p * plane + i, first[p], second[p], plane - i);
+}
+
+// Words::from_row of `count` rows of codes; rows of words lie `stride` apart.
+template <class Words, class Codes>
+void decode_rows(const uint8_t* const* rows, int64_t count, int64_t dim, Word* out, int64_t stride) {
+  for (int64_t j = 0; j < count; ++j, out += stride) {
+    for_codes<Codes>(rows[j], rows[j], dim, [&](int64_t channel, Vec v, Vec, int64_t n) { Words::put_row(out, channel, v, n); });
+  }
+}
+
+// Words::from_keys of `count` rows of codes. A key that completes the last pair is multiplied by zero: any will do.
+template <class Words, class Codes>
+void decode_keys(const uint8_t* const* rows, int64_t count, int64_t dim, Word* out, int64_t stride) {
+  for (int64_t j = 0; j < count; j += Words::kStep, out += stride) {
+    const uint8_t* second = rows[j + 1 < count ? j + 1 : j];
+    for_codes<Codes>(rows[j], second, dim, [&](int64_t channel, Vec a, Vec b, int64_t n) { Words::put_keys(out, channel, a, b, n); });
+  }
+}
+
+// One kind of codes, chosen at run time: a call a tile costs nothing, where a copy of attention for each would take megabytes.
+struct Coding {
+  using Decode = void (*)(const uint8_t* const* rows, int64_t count, int64_t dim, Word* out, int64_t stride);
+  int64_t planes;
+  float unit;
+  Decode rows, keys;
+
+  template <class Words>
+  static Coding of(int64_t dtype) {
+    Coding coding{};
+    with_codes(dtype, [&](auto codes) {
+      using Codes = decltype(codes);
+      coding = {Codes::kPlanes, Codes::kUnit, &decode_rows<Words, Codes>, &decode_keys<Words, Codes>};
+    });
+    return coding;
+  }
+};
 
 // ---- the micro-kernel ----
 

@@ -1,4 +1,4 @@
-// The small ops: norms, rotary embeddings, KV writes, gated activation, argmax, row selection.
+// The small ops: norms, rotary embeddings, gated activation, argmax, row selection.
 //
 // They touch kilobytes at decode, so a handful of rows runs on the calling thread without waking anyone; at prefill they
 // are bound by memory, and are cut into chunks of rows. Rounding follows the reference backend where it is visible: an
@@ -123,41 +123,6 @@ void rotary(const RotaryArgs& a, Pool& pool) {
   });
 }
 
-// ---- write_kv ----
-
-struct WriteKvArgs {
-  const void* k;  // [rows, heads, dim], rows k_stride elements apart
-  const void* v;
-  void* k_cache;  // [blocks, heads, block_size, dim]
-  void* v_cache;
-  const int64_t* slots;
-  int64_t rows, heads, dim, block_size, k_stride, v_stride, dtype, cache_dtype;
-};
-
-template <class T, class C>
-inline void convert(const T* from, C* to, int64_t count) {
-  for_lanes(
-      count, [&](int64_t i) { store(to + i, load(from + i)); },
-      [&](int64_t i, int64_t n) { store_some(to + i, load_some(from + i, n), n); });
-}
-
-void write_kv(const WriteKvArgs& a, Pool& pool) {
-  with_float_type(a.dtype, [&](auto type) {
-    with_float_type(a.cache_dtype, [&](auto cache_type) {
-      using T = decltype(type);
-      using C = decltype(cache_type);
-      for_rows(pool, a.rows, 2 * a.heads * a.dim, [&](int64_t row) {
-        const int64_t block = a.slots[row] / a.block_size, offset = a.slots[row] % a.block_size;
-        for (int64_t head = 0; head < a.heads; ++head) {
-          const int64_t at = ((block * a.heads + head) * a.block_size + offset) * a.dim;
-          convert(static_cast<const T*>(a.k) + row * a.k_stride + head * a.dim, static_cast<C*>(a.k_cache) + at, a.dim);
-          convert(static_cast<const T*>(a.v) + row * a.v_stride + head * a.dim, static_cast<C*>(a.v_cache) + at, a.dim);
-        }
-      });
-    });
-  });
-}
-
 // ---- act_mul ----
 
 struct ActMulArgs {
@@ -263,8 +228,8 @@ void select_rows(const SelectRowsArgs& a, Pool& pool) {
 }  // namespace
 
 MINFER_OPS(elementwise)
-MINFER_OP(rms_norm, RmsNormArgs), MINFER_OP(rotary, RotaryArgs), MINFER_OP(write_kv, WriteKvArgs),
-    MINFER_OP(silu_mul, ActMulArgs), MINFER_OP(argmax, ArgmaxArgs), MINFER_OP(select_rows, SelectRowsArgs), MINFER_OPS_END
+MINFER_OP(rms_norm, RmsNormArgs), MINFER_OP(rotary, RotaryArgs), MINFER_OP(silu_mul, ActMulArgs),
+    MINFER_OP(argmax, ArgmaxArgs), MINFER_OP(select_rows, SelectRowsArgs), MINFER_OPS_END
 
 }  // namespace MINFER_ISA
 }  // namespace minfer

@@ -18,7 +18,17 @@ from minfer.kernels.cpu import library
 from minfer.kernels.cpu.threads import available_cores
 
 # Must agree with DType in abi.h.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4, torch.int64: 5}
+DTYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.int8: 3,
+    torch.int32: 4,
+    torch.int64: 5,
+    torch.float8_e4m3fn: 6,
+    torch.float8_e5m2: 7,
+    torch.uint8: 8,
+}
 _FORMATS = {"ptr": "q", "int": "q", "double": "d"}
 
 

@@ -32,6 +32,7 @@ class TritonBackend(Backend):
     """The kernels for one device. `processors`: how many the device has, which decides how finely small work is split."""
 
     name = "triton"
+    kv_formats = ("fp32", "bf16", "fp16")
 
     def __init__(self, device: torch.device, dtype: torch.dtype, processors: int | None = None) -> None:
         """Raises ConfigError for a device or type that the kernels can't run on."""
