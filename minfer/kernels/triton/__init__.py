@@ -21,6 +21,7 @@ from minfer.kernels.triton.argmax import argmax
 from minfer.kernels.triton.attention import attention
 from minfer.kernels.triton.checks import FLOATS
 from minfer.kernels.triton.linear_dense import TritonDenseWeight
+from minfer.kernels.triton.linear_grouped import TritonGroupedWeight
 from minfer.kernels.triton.rms_norm import rms_norm
 from minfer.kernels.triton.rotary import rotary
 from minfer.kernels.triton.write_kv import write_kv
@@ -64,7 +65,8 @@ class TritonBackend(Backend):
 
     def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
         if isinstance(weight, PackedWeight):
-            return f"there is no product with {weight.scheme.name} matrices yet"
+            reason = TritonGroupedWeight.reason_against(weight)
+            return reason or TritonGroupedWeight(weight, dtype, self.device, self.processors)
         if weight.dtype != dtype:
             return f"a {weight.dtype} matrix can't multiply {dtype} activations; cast it first"
         return TritonDenseWeight(weight.to(self.device).contiguous())

@@ -1,0 +1,63 @@
+"""Every Triton kernel compiled for GPUs that aren't here: nothing spills, everything fits, and nothing drifts from the budget."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+
+from minfer.kernels.triton.aot import BUDGETS, TARGETS, compile_all, drift, faults
+from minfer.kernels.triton.aot_page import render
+
+BUDGET = json.loads(BUDGETS.read_text())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiled_as_budgeted(target: str) -> None:
+    reports = compile_all([target])
+    assert not faults(reports)
+    assert not drift(reports, BUDGET), "if this is meant: python -m minfer.kernels.triton.aot --update"
+    if BUDGET["triton"] == triton.__version__:
+        assert set(reports) == set(BUDGET["kernels"]), "the budget has other kernels than the cases"
+
+
+def test_what_the_budgets_promise() -> None:
+    """Products use matrix instructions, and weights come 16 bytes at a time."""
+    for label, by_target in BUDGET["kernels"].items():
+        for target, report in by_target.items():
+            assert report["spills"] == 0
+            dot = (label.startswith("attention") and "merge" not in label) or "gemm" in label
+            assert bool(report["matrix"]) == dot or "512 rows" in label, (label, target)
+            if target.startswith("cuda") and label not in ("attention, 64 sequences, smollm2, merge",):
+                assert "16" in report["loads"], (label, target)
+
+
+def test_the_page_is_made_from_the_budget() -> None:
+    assert (Path(__file__).parents[2] / "docs" / "kernels-gpu.md").read_text() == render(BUDGET)
+
+
+def test_drift_and_faults_are_seen() -> None:
+    report: dict[str, Any] = {"registers": 40, "spills": 0, "shared": 1024}
+    budget = {"triton": triton.__version__, "kernels": {"one": {"cuda:90": report}}}
+    assert drift({"one": {"cuda:90": dict(report)}}, budget) == []
+    assert drift({"one": {"cuda:90": {**report, "registers": 48}}}, budget) == ["one for cuda:90: registers 40 -> 48"]
+    assert drift({"two": {"cuda:90": report}}, budget) == ["two for cuda:90 has no budget"]
+    assert drift({"one": {"cuda:90": {**report, "registers": 48}}}, {**budget, "triton": "0"}) == []
+    assert "16 bytes of registers spilled" in faults({"one": {"cuda:90": {**report, "spills": 16}}})[0]
+    assert "of 65536" in faults({"one": {"hip:gfx942": {**report, "shared": 65537}}})[0]
+
+
+def test_a_compiler_that_dies_names_its_kernel() -> None:
+    code = (
+        "from unittest import mock\nfrom minfer.kernels.triton import aot\n"
+        "with mock.patch.object(aot.sys, 'executable', '/bin/false'):\n    aot.compile_all(['cuda:90'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert "ConfigError: compiling for cuda:90 failed" in done.stderr
