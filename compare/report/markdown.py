@@ -84,7 +84,7 @@ def method(results: Results) -> str:
             "warm-up outside the clock; prefix caching off except in shared-prefix",
             *_time_rules(results),
             "- Figures: median and its 95% bootstrap interval; *minfer against it* is the median ratio of paired repeats, above 1 when "
-            "minfer is better, and says *no clear difference* where the interval holds 1 or there are fewer than 3 pairs. A peer is set "
+            "minfer is better; where the interval holds 1 it says *no clear difference*, and of fewer than 3 pairs nothing. A peer is set "
             "against minfer's row of the same precision, or where there is none, of the nearest width in bits",
             "- Times are taken where tokens reach the caller, token ids in and out; greedy, lengths forced. The rules: compare/PROTOCOL.md",
         ]

@@ -164,8 +164,9 @@ def ratio_text(ratio: PairedRatio | None, partner: str = "") -> str:
     if ratio is None:
         return ""
     s, whose = ratio.spread, partner.partition("/")[2]
-    text = f"{s.median:.2f}× [{s.low:.2f}–{s.high:.2f}] {ratio.verdict}" if s.n > 1 else f"{s.median:.2f}× (one pair)"
-    return f"{whose} {text}".strip()
+    if s.n < 3:  # too few for a verdict
+        return f"{whose} {s.median:.2f}× ({'one pair' if s.n == 1 else 'two pairs'})".strip()
+    return f"{whose} {s.median:.2f}× [{s.low:.2f}–{s.high:.2f}] {ratio.verdict}".strip()
 
 
 def share_text(value: float | None, share: float | None) -> str:
