@@ -22,7 +22,7 @@ from minfer.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-COMPILE_SECONDS = 10.0
+COMPILE_SECONDS = 30.0  # of waiting, for the vocabulary's tables too; the library's own limits end the work long before
 COMPILE_THREADS = 2
 MAX_WAITING = 256  # grammars in the queue of the compiling threads
 KEPT_GRAMMARS = 128

@@ -34,6 +34,7 @@ class GrammarMasks:
         self._spare = spare_matchers
         self._followers: OrderedDict[tuple[int, int, int], _Follower] = OrderedDict()
         self._threads: LLExecutor | None = None
+        self._penalties: Tensor | None = None
         self.num_masks = 0  # counters: rows masked so far, and the seconds it took
         self.seconds = 0.0
 
@@ -50,7 +51,9 @@ class GrammarMasks:
             if followers[-1] is follower:
                 follower.follow(rows[index].output_token_ids)
         allowed = self._fill(followers)
-        _forbid(logits, at if len(at) < len(rows) else None, allowed)
+        if self._penalties is None or self._penalties.device != logits.device:
+            self._penalties = _penalties(logits.device)
+        _forbid(logits, at if len(at) < len(rows) else None, allowed, self._penalties)
         while len(self._followers) > self._spare + len(at):
             self._followers.popitem(last=False)
         self.num_masks += len(at)
@@ -135,16 +138,24 @@ class _Follower:
         return True
 
 
-def _forbid(logits: Tensor, at: list[int] | None, allowed: Tensor) -> None:
-    """Sets what `allowed` [R, W] doesn't name to -inf, in the rows `at` of `logits` [S, V], or in all."""
-    bits = allowed.view(torch.uint8).to(logits.device)  # [R, 4W], lowest bit first: the same order on every little-endian machine
-    known = bits[:, :, None].bitwise_and(torch.tensor([1 << n for n in range(8)], dtype=torch.uint8, device=logits.device)) == 0
-    forbidden = known.view(len(bits), -1)[:, : logits.shape[1]]
-    if forbidden.shape[1] < logits.shape[1]:  # a padded vocabulary: its ids have no text
-        more = logits.shape[1] - forbidden.shape[1]
-        forbidden = torch.nn.functional.pad(forbidden, (0, more), value=True)
+def _penalties(device: torch.device) -> Tensor:
+    """[256, 8] float32: what to add to eight logits, by the byte of a mask that speaks of them: 0 where its bit is set, else -inf."""
+    bits = torch.arange(256, dtype=torch.int32)[:, None] >> torch.arange(8, dtype=torch.int32) & 1
+    return torch.where(bits == 1, 0.0, -math.inf).to(device)
+
+
+def _forbid(logits: Tensor, at: list[int] | None, allowed: Tensor, penalties: Tensor) -> None:
+    """Sets what `allowed` [R, W] doesn't name to -inf, in the rows `at` of `logits` [S, V], or in all.
+
+    A table of bytes, because looking eight logits up and adding is several times faster than unpacking bits to fill by them.
+    """
+    by_eight = allowed.view(torch.uint8).to(logits.device).int()  # [R, 4W], lowest bit first: the same order on every little-endian machine
+    added = torch.nn.functional.embedding(by_eight, penalties).view(len(allowed), -1)[:, : logits.shape[1]]  # [R, <= V]
+    known = added.shape[1]
     if at is None:
-        logits.masked_fill_(forbidden, -math.inf)
+        logits[:, :known] += added
+        logits[:, known:] = -math.inf  # a padded vocabulary: its ids have no text
     else:
         rows = torch.tensor(at, device=logits.device)
-        logits[rows] = logits[rows].masked_fill(forbidden, -math.inf)
+        logits[rows, :known] += added
+        logits[rows, known:] = -math.inf

@@ -6,6 +6,7 @@ app.py          create_app(): the routes; middleware.py: request ids, API key, b
 slot.py         ModelSlot: where the model is, or will be
 protocol.py     request bodies; structured.py: the form of the output in its many spellings
 job.py          a checked request; generation.py: a job in the engine, its outputs and usage
+tools.py        the tools of a chat: told to the model, enforced by a grammar; tool_calls.py: read back from what it says
 chat.py completions.py logprobs.py   the two endpoints and their response shapes
 sse.py connection.py                 event streams, and clients that leave
 

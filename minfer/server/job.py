@@ -7,6 +7,7 @@ fields, the prompt against the context, the work it asks for against the server'
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from minfer.sampling_params import SamplingParams
 from minfer.server.options import ServerOptions
 from minfer.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from minfer.server.structured import STRUCTURED_FIELDS, in_field, structured_outputs
+from minfer.server.tools import Tools, read_tools, without_calls
+from minfer.structured_outputs import StructuredOutputsParams
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions; a chat reply may be as long as the context allows
 # Arguments of the chat template that have request fields of their own.
@@ -39,6 +42,7 @@ class Job:
     priority: int = 0
     cache_salt: str | None = None
     score_only: bool = False  # max_tokens=0: the engine makes one token, and nobody sees it
+    tools: Tools | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -46,9 +50,14 @@ async def chat_job(llm: AsyncLLM, request: ChatCompletionRequest, options: Serve
     """Raises RequestError, for the messages as for anything else."""
     request.check()
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    params = await _params(llm, request, max_tokens=request.token_limit, logprobs=logprobs, prompt_logprobs=request.prompt_logprobs)
-    prompt = await asyncio.to_thread(_apply_template, llm, request)
-    return _job("chatcmpl", llm, request, params, [prompt], options)
+    tools = read_tools(request.tools, request.tool_choice, request.parallel_tool_calls, llm.tokenizer)
+    call = tools.grammar(llm.tokenizer) if tools is not None and llm.tokenizer is not None else None
+    limits = {"max_tokens": request.token_limit, "logprobs": logprobs, "prompt_logprobs": request.prompt_logprobs}
+    if tools is not None:
+        limits["skip_special_tokens"] = tools.syntax == "hermes" and request.skip_special_tokens is not False  # others' markers are special
+    params = await _params(llm, request, call, **limits)
+    prompt = await asyncio.to_thread(_apply_template, llm, request, tools)
+    return dataclasses.replace(_job("chatcmpl", llm, request, params, [prompt], options), tools=tools)
 
 
 async def completion_job(llm: AsyncLLM, request: CompletionRequest, options: ServerOptions) -> Job:
@@ -59,7 +68,7 @@ async def completion_job(llm: AsyncLLM, request: CompletionRequest, options: Ser
     if request.echo and request.logprobs is not None:
         prompt_logprobs = max(prompt_logprobs or 0, request.logprobs)
     limit = 1 if score_only else limit
-    params = await _params(llm, request, max_tokens=limit, logprobs=request.logprobs, prompt_logprobs=prompt_logprobs)
+    params = await _params(llm, request, None, max_tokens=limit, logprobs=request.logprobs, prompt_logprobs=prompt_logprobs)
     prompts = _split_prompts(request.prompt)
     if len(prompts) * params.n > options.max_request_sequences:  # before the work of tokenising them
         raise _too_many_sequences(len(prompts), params.n, options)
@@ -68,9 +77,13 @@ async def completion_job(llm: AsyncLLM, request: CompletionRequest, options: Ser
     return _job("cmpl", llm, request, params, tokenized, options, score_only)
 
 
-async def _params(llm: AsyncLLM, request: GenerationRequest, **overrides: Any) -> SamplingParams:
+async def _params(llm: AsyncLLM, request: GenerationRequest, call: StructuredOutputsParams | None, **overrides: Any) -> SamplingParams:
     """Sampling parameters with the form of the output compiled, so that a schema that can't be used is refused here."""
     form, field_name = structured_outputs({name: getattr(request, name) for name in STRUCTURED_FIELDS})
+    if call is not None:
+        if form is not None:
+            raise RequestError(f"{field_name} and a tool_choice that demands a call exclude each other", param=field_name)
+        form, field_name = call, "tools"
     try:
         return await llm.prepare(request.sampling_params(**overrides, structured_outputs=form))
     except RequestError as error:
@@ -97,7 +110,7 @@ def _job(
     return Job(f"{prefix}-{uuid.uuid4().hex}", prompts, params, request.priority or 0, request.cache_salt, score_only)
 
 
-def _apply_template(llm: AsyncLLM, request: ChatCompletionRequest) -> TokenizedPrompt:
+def _apply_template(llm: AsyncLLM, request: ChatCompletionRequest, tools: Tools | None) -> TokenizedPrompt:
     options = request.chat_template_kwargs or {}
     taken = sorted(_TEMPLATE_ARGUMENTS & set(options))
     if taken:
@@ -107,7 +120,13 @@ def _apply_template(llm: AsyncLLM, request: ChatCompletionRequest) -> TokenizedP
     continues = bool(request.continue_final_message)
     # Going on with a message rules out opening a new one, so that is not what silence means then.
     opens = not continues if request.add_generation_prompt is None else request.add_generation_prompt
-    ids = llm.tokenizer.apply_chat_template(request.messages, add_generation_prompt=opens, continue_final_message=continues, **options)
+    messages = without_calls(request.messages, llm.tokenizer)
+    if tools is not None:
+        messages = tools.messages(messages)
+    for_template = list(tools.tools) if tools is not None and tools.in_template else None
+    ids = llm.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=opens, continue_final_message=continues, tools=for_template, **options
+    )
     return TokenizedPrompt(None, llm.engine.inputs.tokenize(ids)[1])
 
 

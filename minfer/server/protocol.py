@@ -22,7 +22,7 @@ logger = logging.getLogger("minfer.server")
 
 # Field -> the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
+    "tools": ([],),  # of /v1/completions; chats have them
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -47,9 +47,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "vllm_xargs": ({},),
 }
 # OpenAI's own, which change nothing about the answer of a server without accounts, storage or tools.
-HARMLESS = frozenset(
-    {"metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "user", "guided_decoding_backend"}
-)
+HARMLESS = frozenset({"metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier", "user", "guided_decoding_backend"})
 MAX_LOGGED_FIELDS = 256
 _TOKEN_ID = re.compile(r"[0-9]{1,10}", re.ASCII)
 _SAMPLING_FIELDS = (
@@ -182,6 +180,9 @@ class ChatCompletionRequest(GenerationRequest):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     add_special_tokens: Literal[False] | None = None  # the template writes them itself
     echo: Literal[False] | None = None
 

@@ -13,6 +13,7 @@ Left out: padding, truncation, text pairs and `clean_up_tokenization_spaces`, wh
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -72,6 +73,13 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The checkpoint's default chat template, a jinja2 source; None for a model without one."""
         return self._source.chat_templates.get("default")
+
+    @property
+    def tool_template(self) -> str | None:
+        """The chat template that is used when a request brings tools; None if there is none, or it doesn't read them."""
+        templates = self._source.chat_templates
+        template = templates.get("tool_use", templates.get("default"))
+        return template if template is not None and re.search(r"\btools\b", template) else None
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """The ids of `text`.

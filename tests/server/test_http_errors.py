@@ -77,8 +77,6 @@ def test_refused_before_anything_starts(client: httpx.Client, path: str, body: d
 
 
 UNSUPPORTED = [
-    {"tools": [{"type": "function", "function": {"name": "f"}}]},
-    {"tool_choice": "required"},
     {"functions": [{"name": "f"}]},
     {"structural_tag": {}},
     {"modalities": ["audio"]},

@@ -77,6 +77,33 @@ def test_structured_output(openai_client: Any) -> None:
     assert answer.choices[0].message.content == "Paris"
 
 
+def test_tools(openai_client: Any) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    tools: Any = [{"type": "function", "function": {"name": "get_weather", "description": "Weather of a city", "parameters": parameters}}]
+    body: dict[str, Any] = {
+        "model": "smollm2-135m",
+        "messages": [{"role": "user", "content": "What is the weather in Paris?"}],
+        "tools": tools,
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "temperature": 0,
+        "max_tokens": 60,
+    }
+    answer = openai_client.chat.completions.create(**body).choices[0]
+    (call,) = answer.message.tool_calls
+    assert (call.function.name, answer.finish_reason) == ("get_weather", "tool_calls")
+    with openai_client.chat.completions.stream(**body) as stream:
+        final = stream.get_final_completion().choices[0]
+    assert final.message.tool_calls[0].function.arguments == call.function.arguments
+    again = [*body["messages"], answer.message, {"role": "tool", "tool_call_id": call.id, "content": "21 degrees, sunny"}]
+    assert openai_client.chat.completions.create(**{**body, "messages": again, "tool_choice": "none"}).choices[0].message.content
+
+
 def test_errors(openai_client: Any) -> None:
     import openai
 
