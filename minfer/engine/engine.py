@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 
 from minfer.config import EngineConfig
+from minfer.engine.calibrated import calibrated
 from minfer.engine.core import EngineCore
 from minfer.engine.input_processor import InputProcessor, Prompt
 from minfer.engine.output_processor import OutputProcessor
@@ -41,7 +42,7 @@ class Engine:
     @classmethod
     def from_config(cls, config: EngineConfig, on_phase: Callable[[str], None] = lambda name: None) -> Engine:
         """Loads model and tokenizer, telling `on_phase` what it is at. Raises ModelLoadError, ConfigError or CapacityError."""
-        loaded = load_model(config, on_phase)
+        loaded = load_model(calibrated(config, on_phase), on_phase)
         with loaded.phases("read tokenizer"):
             tokenizer = load_tokenizer(config, loaded)
         with loaded.phases("record step" if config.graphs else "set up"):
