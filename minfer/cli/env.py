@@ -44,12 +44,14 @@ def describe(config: EngineConfig) -> dict[str, Any]:
     import torch
 
     from minfer.kernels import select_ops
+    from minfer.loader import weight_cache
     from minfer.runner.load import pick_device
     from minfer.runner.memory import available_memory
 
     device = pick_device(config)
     dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
     ops = select_ops(device, dtype, config.backend, config.threads)
+    cached = weight_cache.entries()
     return {
         "minfer": __version__,
         "python": platform.python_version(),
@@ -65,6 +67,9 @@ def describe(config: EngineConfig) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "backends": [backend.name for backend in ops.backends],
         "kernels": ops.chosen,
+        "quantised_cache": str(weight_cache.cache_root() / "quantised"),
+        "quantised_cache_entries": len(cached),
+        "quantised_cache_bytes": sum(size for _, size in cached),
     }
 
 

@@ -22,7 +22,7 @@ from minfer.quant.readers.modelopt import ModelOptReader
 from minfer.quant.readers.quark import QuarkReader
 from minfer.quant.readers.torchao import TorchAOReader
 
-__all__ = ["METHODS", "Header", "Headers", "MatrixReader", "StoredMatrix", "create_reader", "quant_method"]
+__all__ = ["INSTEAD", "METHODS", "Header", "Headers", "MatrixReader", "StoredMatrix", "create_reader", "quant_method"]
 
 METHODS: dict[str, Callable[[Settings], MatrixReader]] = {
     "auto-round": AutoRoundReader,
@@ -41,7 +41,7 @@ METHODS: dict[str, Callable[[Settings], MatrixReader]] = {
     "torchao": TorchAOReader,
 }
 # Methods known by name that need more than unpacking, and what to use instead.
-_INSTEAD = {
+INSTEAD = {
     "mxfp4": "it is gpt-oss's format for experts, and mixture-of-experts models are not supported yet",
     "bitnet": "BitNet layers normalise their inputs; use a GGUF file of the model",
     "aqlm": "its codebooks of vectors have no kernel here; use a GPTQ, AWQ or GGUF checkpoint of the model",
@@ -77,6 +77,6 @@ def create_reader(settings: Any) -> MatrixReader:
     """The reader for a `quantization_config`. Raises ModelLoadError if its method is unknown or its values make no sense."""
     method = quant_method(settings)
     if method not in METHODS:
-        instead = _INSTEAD.get(method, f"use the original model, a GGUF file of it, or one quantised with {', '.join(sorted(METHODS))}")
+        instead = INSTEAD.get(method, f"use the original model, a GGUF file of it, or one quantised with {', '.join(sorted(METHODS))}")
         raise ModelLoadError(f"the quantisation method {method!r} is not supported; {instead}")
     return METHODS[method](settings)
