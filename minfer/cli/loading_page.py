@@ -54,10 +54,10 @@ def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str
 
 
 def _methods() -> list[str]:
-    names: dict[type, list[str]] = {}
+    names: dict[object, list[str]] = {}
     for name, reader in METHODS.items():
         names.setdefault(reader, []).append(f"`{name}`")
-    read = [(", ".join(found), (sys.modules[reader.__module__].__doc__ or "").partition("\n")[0]) for reader, found in names.items()]
+    read = [(", ".join(found), (sys.modules[str(reader.__module__)].__doc__ or "").partition("\n")[0]) for reader, found in names.items()]
     refused = [(f"`{name}`", f"not read: {instead}") for name, instead in INSTEAD.items()]
     return _table(("`quant_method`", "What is read"), [*sorted(read), *sorted(refused)])
 
@@ -85,7 +85,7 @@ def _gguf_types() -> list[str]:
 
 
 def _recipes() -> list[str]:
-    rows = []
+    rows: list[tuple[str, str, str, str]] = []
     for name, recipe in RECIPES.items():
         groups = f"groups of {', else '.join(map(str, recipe.groups))}" if recipe.groups else "one scale a row"
         rows.append((f"`{name}`", recipe.element, groups, "symmetric" if recipe.symmetric else "minima"))
