@@ -44,6 +44,13 @@ def oracle(smollm2_hf: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(smollm2_hf, dtype=torch.float32)
 
 
+@pytest.fixture(scope="module")
+def exact_oracle(smollm2_hf: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(smollm2_hf, dtype=torch.float64)
+
+
 @pytest.fixture(scope="module", params=["reference", "cpu"])
 def llm(request: pytest.FixtureRequest) -> LLM:
     """Both backends on dequantised weights: the transformers oracle has no quantised activations either."""
@@ -80,18 +87,24 @@ def test_prompt_logprobs_are_those_of_transformers(llm: LLM, oracle: Any) -> Non
         assert abs(entry[ids[position]].logprob - float(expected[position - 1, ids[position]])) <= 1e-4
 
 
-def test_logits_are_those_of_transformers(llm: LLM, oracle: Any) -> None:
+def test_logits_are_as_near_to_the_exact_ones_as_those_of_transformers(llm: LLM, oracle: Any, exact_oracle: Any) -> None:
+    """Logits of size 18 hold six digits in float32, of which 30 layers of sums in any order cost one. So two right programs
+    differ by 1e-4, and neither is the truth: transformers in float64 is. The compiled backend is about as far from it as
+    transformers in float32 (7e-5); products that sum in one long chain are three times as far, and fail.
+    """
     from minfer.runner import RowSpan
 
-    if llm.engine.config.backend == "cpu":
-        pytest.skip("open: the compiled float32 products sum in another order, 2e-4 away here; log-probabilities and tokens are held above")
     tokens = llm.get_tokenizer().encode(PROMPTS[20])
     row, count = SimpleNamespace(token_ids=tokens, blocks=list(range(20))), len(tokens)
     runner = llm.engine.core.runner
     logits = runner.logits(runner.run([RowSpan(row, 0, count, count)]))
     with torch.inference_mode():
-        expected = oracle(torch.tensor([tokens])).logits[0]
-    assert (logits - expected).abs().max() <= 1e-4
+        exact = exact_oracle(torch.tensor([tokens])).logits[0]
+        theirs = oracle(torch.tensor([tokens])).logits[0]
+    assert exact.dtype == torch.float64
+    assert (logits - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+    if llm.engine.config.backend == "reference":  # the same torch calls in the same order
+        assert (logits - theirs).abs().max() <= 1e-4
 
 
 def test_it_knows_the_capital_of_france() -> None:

@@ -1,7 +1,8 @@
 // y[rows, n] = x[rows, k] @ W.T + bias for W in x's own type: bfloat16, float16 or float32.
 //
 // Layout (linear_pack.cpp): panels of 32 columns, [N/32][K/step][2][16 columns][step inputs], step 2 for bfloat16, else 1.
-// Sums are float32, one chain for each element of y over k in order, so a row's result doesn't depend on its tile.
+// Sums are float32 in an order fixed by k alone, so a row's result doesn't depend on its tile. bfloat16 makes one chain of
+// them; the wider types add up runs of kStretch inputs, because one long chain would lose more than half a digit of float32.
 #include "abi.h"
 #include "linear_rows.h"
 #include "linear_split.h"
@@ -30,6 +31,7 @@ constexpr int64_t kRollingBytes = 4096;
 
 struct BrainWeights {
   static constexpr int kStep = 2, kVectorBytes = 64;
+  static constexpr bool kInRuns = false;
   MINFER_INLINE static Floats step(Floats sum, Brains w, int32_t x) { return dot_brains(sum, w, x); }
   MINFER_INLINE static Brains load(const char* p) {
     Brains w;
@@ -40,6 +42,7 @@ struct BrainWeights {
 
 struct WideWeights {
   static constexpr int kStep = 1;
+  static constexpr bool kInRuns = true;
   MINFER_INLINE static Floats step(Floats sum, Floats w, int32_t x) {
     float value;
     std::memcpy(&value, &x, 4);
@@ -76,6 +79,15 @@ void tile(const Product& p, const char* weight, int64_t row, int64_t column, Ahe
   const char* x = p.x + row * p.x_stride;
   for (int64_t stretch = 0; stretch < p.steps; stretch += kStretch) {
     if (!kOnce) ahead.fetch();
+    Floats run[kRows][kTileVectors];
+    auto& sums = W::kInRuns ? run : totals;
+    if constexpr (W::kInRuns) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+        for (int c = 0; c < kTileVectors; ++c) run[r][c] = zeros();
+      }
+    }
     const int64_t end = at_most(stretch + kStretch, p.steps);
 #pragma GCC unroll 4
     for (int64_t s = stretch; s < end; ++s) {
@@ -90,7 +102,14 @@ void tile(const Product& p, const char* weight, int64_t row, int64_t column, Ahe
       for (int r = 0; r < kRows; ++r) {
         const int32_t value = four_bytes(x + r * p.x_stride + s * 4);
 #pragma GCC unroll 2
-        for (int c = 0; c < kTileVectors; ++c) totals[r][c] = W::step(totals[r][c], w[c], value);
+        for (int c = 0; c < kTileVectors; ++c) sums[r][c] = W::step(sums[r][c], w[c], value);
+      }
+    }
+    if constexpr (W::kInRuns) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+        for (int c = 0; c < kTileVectors; ++c) totals[r][c] = add(totals[r][c], run[r][c]);
       }
     }
   }
