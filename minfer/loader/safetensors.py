@@ -94,8 +94,8 @@ class SafetensorsCheckpoint(Checkpoint):
 
 
 def _some_kernel_takes(packed: PackedWeight) -> bool:
-    """Not groups of one input, and not reordered inputs: no kernel knows them yet, and one that doesn't look would go wrong."""
-    return packed.scheme.group_size > 1 and packed.input_order is None
+    """Not groups of one input, as act-order leaves where groups are uneven: the scales alone outweigh the dense matrix."""
+    return packed.scheme.group_size > 1
 
 
 def _folder(source: ModelSource) -> Path:

@@ -54,7 +54,7 @@ TABLES: dict[str, tuple[float, ...]] = {
     "fp6_e3m2": small_float(3, 2),
 }
 # A table whose values are all multiples of 1 / unit within int8: such a matrix is also an int8 one, with scales / unit.
-INTEGER_UNITS = {"fp4_e2m1": 2, "fp6_e2m3": 8}
+INTEGER_UNITS = {"fp6_e2m3": 8}
 
 
 def has_nonfinite(codes: torch.Tensor, element: Element) -> bool:

@@ -17,7 +17,7 @@ sixteen sub-blocks (the K-quants). Layouts are those of ggml-common.h:
     IQ4_XS 136 B / 256  d f16, 2 + 4 B of 6-bit scales, 128 B of indices       w = d (s - 32) table[q]
     MXFP4  17 B / 32    power of two e, 16 B: E2M1 values, doubled             w = 2^(e - 128) table[q]
 
-Five- and six-bit codes and table values become int8 codes: one byte each, but the products run at int8 speed and nothing is lost;
+Five- and six-bit codes become int8 codes: one byte each, but the products run at int8 speed and nothing is lost;
 two and three bits become int4's. Q2_K, Q3_K and Q6_K have groups of 16, all others groups of 32. Types that have no such form
 (the smaller IQ types index vectors, the TQ types hold three values a digit) are dequantised by the loader instead.
 """
@@ -38,8 +38,10 @@ Codes = npt.NDArray[np.int8]
 Floats = npt.NDArray[np.float32]
 Unpacked = tuple[Codes, Floats, Floats | None]  # codes [B, n], scales and minima [B, n / group], for B blocks of n values
 
-IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
-MXFP4_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
+LEVELS = {
+    "IQ4": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+    "MXFP4": (0, 1, 2, 3, 4, 6, 8, 12, -0.0, -1, -2, -3, -4, -6, -8, -12),  # E2M1, doubled as ggml has it
+}
 
 
 def unpack_gguf(kind: str, data: Bytes) -> PackedWeight | None:
@@ -52,7 +54,8 @@ def unpack_gguf(kind: str, data: Bytes) -> PackedWeight | None:
         codes, scales, mins = unpack(np.ascontiguousarray(data).reshape(-1, block_bytes))
     scheme = QuantScheme(element, codes.shape[1] // scales.shape[1], symmetric=mins is None)
     tensors = [torch.from_numpy(array.reshape(rows, -1)) for array in (codes, scales)]
-    return PackedWeight(tensors[0], tensors[1], None if mins is None else torch.from_numpy(mins.reshape(rows, -1)), scheme)
+    levels = torch.tensor(LEVELS[kind.split("_")[0]], dtype=torch.float32) if element == "table4" else None
+    return PackedWeight(tensors[0], tensors[1], None if mins is None else torch.from_numpy(mins.reshape(rows, -1)), scheme, levels)
 
 
 def _halves(blocks: Bytes, at: int) -> Floats:
@@ -147,18 +150,18 @@ def _q6_k(blocks: Bytes) -> Unpacked:
 
 
 def _iq4_nl(blocks: Bytes) -> Unpacked:
-    return IQ4_VALUES[_nibbles(blocks[:, 2:])], _halves(blocks, 0), None
+    return _nibbles(blocks[:, 2:]), _halves(blocks, 0), None
 
 
 def _iq4_xs(blocks: Bytes) -> Unpacked:
     high = blocks[:, 2:4].copy().view(np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16) & 3  # [B, 8], a scale's upper two bits
     low = np.stack((blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4), axis=2).reshape(-1, 8)
     scales = (low | high.astype(np.uint8) << 4).astype(np.float32) - 32
-    return IQ4_VALUES[_nibbles(blocks[:, 8:].reshape(-1, 16))].reshape(-1, 256), _halves(blocks, 0) * scales, None
+    return _nibbles(blocks[:, 8:].reshape(-1, 16)).reshape(-1, 256), _halves(blocks, 0) * scales, None
 
 
 def _mxfp4(blocks: Bytes) -> Unpacked:
-    return MXFP4_VALUES[_nibbles(blocks[:, 1:])], np.ldexp(np.float32(1), blocks[:, :1].astype(np.int32) - 128), None
+    return _nibbles(blocks[:, 1:]), np.ldexp(np.float32(1), blocks[:, :1].astype(np.int32) - 128), None
 
 
 # Bytes of a block, element of the result, how to take it apart.
@@ -173,8 +176,8 @@ _TYPES: dict[str, tuple[int, Element, Callable[[Bytes], Unpacked]]] = {
     "Q4_K": (144, "int4", _q4_k),
     "Q5_K": (176, "int8", _q5_k),
     "Q6_K": (210, "int8", _q6_k),
-    "IQ4_NL": (18, "int8", _iq4_nl),
-    "IQ4_XS": (136, "int8", _iq4_xs),
-    "MXFP4": (17, "int8", _mxfp4),
+    "IQ4_NL": (18, "table4", _iq4_nl),
+    "IQ4_XS": (136, "table4", _iq4_xs),
+    "MXFP4": (17, "table4", _mxfp4),
 }
 PACKED_TYPES = frozenset(_TYPES)

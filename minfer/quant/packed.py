@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 
 from minfer.errors import ModelLoadError
-from minfer.quant.elements import ELEMENT_BITS, INTEGER_UNITS, LISTED, TABLES, Element, decode
+from minfer.quant.elements import ELEMENT_BITS, FP8_TYPES, INTEGER_UNITS, LISTED, TABLES, Element, decode
 
 ScaleType = Literal["float", "e8m0", "e4m3"]
 
@@ -113,13 +113,17 @@ class PackedWeight:
         return in_place
 
     def widened(self) -> PackedWeight:
-        """The same numbers in an element that kernels have, where there is one: int2, int3 -> int4; small floats -> int8.
+        """The same numbers in an element that kernels have, where there is one: int2, int3 -> int4; 6-bit floats -> int8 or fp8.
 
-        Nothing is rounded: a 3-bit code is a 4-bit code, and E2M1's values are halves of integers up to 12.
+        Nothing is rounded: a 3-bit code is a 4-bit code, E2M3's values are eighths of integers up to 60, and E4M3 holds all of
+        E3M2's.
         """
         element, scheme = self.scheme.element, self.scheme
         if element in ("int2", "int3"):
             return dataclasses.replace(self, scheme=dataclasses.replace(scheme, element="int4"))
+        if element == "fp6_e3m2":
+            bits = decode(self.codes, element, None).to(FP8_TYPES["fp8_e4m3"]).view(torch.int8)
+            return dataclasses.replace(self, codes=bits, scheme=dataclasses.replace(scheme, element="fp8_e4m3", scale_type="float"))
         if element not in INTEGER_UNITS:
             return self
         unit = INTEGER_UNITS[element]

@@ -60,7 +60,7 @@ def test_dequantised_values_follow_the_formula(element: Any) -> None:
 @pytest.mark.parametrize("element", ELEMENT_BITS)
 def test_widening_changes_no_value(element: Any) -> None:
     wide = sample(element).widened()
-    assert wide.scheme.element == {"int2": "int4", "int3": "int4", "fp4_e2m1": "int8", "fp6_e2m3": "int8"}.get(element, element)
+    assert wide.scheme.element == {"int2": "int4", "int3": "int4", "fp6_e2m3": "int8", "fp6_e3m2": "fp8_e4m3"}.get(element, element)
     assert torch.equal(wide.dequantize(), sample(element).dequantize())
 
 

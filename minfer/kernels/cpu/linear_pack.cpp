@@ -46,7 +46,7 @@ struct PackScalesArgs {
   char* out;            // the first panel's scales
   int64_t panel_bytes;  // from one panel to the next
   int64_t n, groups;
-  int64_t repeat;  // how often each scale is written: splits groups that aren't 32 times a power of two
+  int64_t repeat;  // how often each scale is written: splits groups that aren't a unit times a power of two
   int64_t half;
 };
 
@@ -98,7 +98,7 @@ void pack_dense(const PackDenseArgs& a, Pool& pool) {
 
 struct GatherQuantizedArgs {
   const void* ids;  // [rows], int32 or int64
-  void* y;          // [rows, k] contiguous
+  void* y;          // [rows, inputs] contiguous
   int64_t rows;
   int64_t id_dtype, dtype;  // of ids and of y
   const QuantizedWeight* weight;
@@ -125,22 +125,35 @@ void dequantize_row(const QuantizedWeight& w, int64_t n, int64_t dtype, char* y)
     store_floats(wide, load_halves(half));
     return wide[0];
   };
-  for (int64_t k = 0; k < w.k; k += kGroup) {
-    const int64_t at = k / w.group * kinds * kPanel + column;
+  for (int64_t k = 0; k < w.k; k += kVector) {
+    const int64_t at = k / w.group * kinds * kPanel + column, size = size_of(dtype);
     const float scale = scale_at(at), min = w.has_min ? scale_at(at + kPanel) : 0.0f;
-    alignas(64) float values[kGroup];
-    for (int64_t i = 0; i < kGroup; ++i) {
+    alignas(64) float values[kVector];
+    for (int64_t i = 0; i < kVector; ++i) {
       const int64_t inputs = w.bits == 4 ? 8 : 4, j = (k + i) % inputs;
       const uint8_t byte = static_cast<uint8_t>(codes[(k + i) / inputs * 128 + j % 4]);
-      const float level = w.bits == 4 ? w.levels[j < 4 ? byte & 15 : byte >> 4] : static_cast<float>(byte - 128);
+      float level = static_cast<float>(byte) - 128.0f;
+      if (w.bits == 4) {
+        level = w.levels[j < 4 ? byte & 15 : byte >> 4];
+      } else if (w.mantissa != 0) {
+        level = w.levels[byte];
+      }
       values[i] = scale * level + min;
     }
-    for (int64_t i = 0; i < kGroup; i += kVector) store_values(y + (k + i) * size_of(dtype), dtype, load_floats(values + i));
+    if (w.order == nullptr) {
+      store_values(y + k * size, dtype, load_floats(values));
+      continue;
+    }
+    alignas(64) char rounded[kVector * 4];
+    store_values(rounded, dtype, load_floats(values));
+    for (int64_t i = 0; i < kVector; ++i) {
+      if (w.order[k + i] >= 0) std::memcpy(y + w.order[k + i] * size, rounded + i * size, size);
+    }
   }
 }
 
 void gather_quantized(const GatherQuantizedArgs& a, Pool& pool) {
-  const int64_t row_bytes = a.weight->k * size_of(a.dtype);
+  const int64_t row_bytes = a.weight->inputs * size_of(a.dtype);
   pool.parallel_for(a.rows, [&](int64_t row, int) {
     dequantize_row(*a.weight, id_at(a.ids, a.id_dtype, row), a.dtype, static_cast<char*>(a.y) + row * row_bytes);
   });

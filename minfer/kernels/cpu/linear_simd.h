@@ -8,6 +8,7 @@
 //     step(w, x)     adds four inputs: w as Bytes, x as four int8 in one int32
 //     total(c)       the sum, c included (an instruction set adds it at the start or at the end, whichever is free)
 //   expand_*       codes to numbers; the order in which inputs come out is that of kInputOrder in linear_tile.h
+//   look_up_floats the same through 256 floats; expand_small_floats: 8-bit floats to bfloat16, by the format's mantissa bits
 //   dot_brains     sum + w * x for two inputs
 //   abs_bits, max_int, largest, quantize, sum_of    finding a group's largest |x| (as bits, so that NaN wins) and rounding it
 //

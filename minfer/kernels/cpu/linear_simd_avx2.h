@@ -170,6 +170,22 @@ MINFER_INLINE void expand_bytes(Bytes raw, Brains (&out)[2]) {
   expand_bytes(raw, f);
   for (int i = 0; i < 2; ++i) out[i] = {upper_halves(f[i].a, f[i + 2].a), upper_halves(f[i].b, f[i + 2].b)};
 }
+MINFER_INLINE void look_up_floats(Bytes raw, const float* levels, Floats (&out)[4]) {
+  const __m256i byte = _mm256_set1_epi32(255);
+  for (int i = 0; i < 4; ++i) {
+    out[i] = {_mm256_i32gather_ps(levels, _mm256_and_si256(_mm256_srli_epi32(raw.a, 8 * i), byte), 4),
+              _mm256_i32gather_ps(levels, _mm256_and_si256(_mm256_srli_epi32(raw.b, 8 * i), byte), 4)};
+  }
+}
+struct SmallFloatTable {
+  const float* levels;
+  MINFER_INLINE SmallFloatTable(const float* values, int64_t) : levels(values) {}
+};
+MINFER_INLINE void expand_small_floats(Bytes raw, const SmallFloatTable& table, Brains (&out)[2]) {
+  Floats f[4];
+  look_up_floats(raw, table.levels, f);
+  for (int i = 0; i < 2; ++i) out[i] = {upper_halves(f[i].a, f[i + 2].a), upper_halves(f[i].b, f[i + 2].b)};
+}
 MINFER_INLINE __m256 even_floats(__m256i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
 MINFER_INLINE __m256 odd_floats(__m256i x) {
   return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u))));

@@ -108,6 +108,39 @@ MINFER_INLINE void expand_bytes(Bytes raw, Brains (&out)[2]) {
     out[i] = _mm512_mask_blend_epi16(0xaaaaaaaau, low, _mm512_castps_si512(f[i + 2]));
   }
 }
+MINFER_INLINE void look_up_floats(Bytes raw, const float* levels, Floats (&out)[4]) {
+  const __m512i byte = _mm512_set1_epi32(255);
+  out[0] = _mm512_i32gather_ps(_mm512_and_si512(raw, byte), levels, 4);
+  out[1] = _mm512_i32gather_ps(_mm512_and_si512(_mm512_srli_epi32(raw, 8), byte), levels, 4);
+  out[2] = _mm512_i32gather_ps(_mm512_and_si512(_mm512_srli_epi32(raw, 16), byte), levels, 4);
+  out[3] = _mm512_i32gather_ps(_mm512_srli_epi32(raw, 24), levels, 4);
+}
+
+// An 8-bit float's bits are a bfloat16's with fewer bits of exponent. Shifted to their places, with the upper exponent bits set to a
+// constant that leaves room for theirs, they are the value times a power of two that `levels` has as well; the few subnormals are
+// looked up.
+struct SmallFloatTable {
+  __m512i shift, kept, exponent, base, subnormals;
+  MINFER_INLINE SmallFloatTable(const float* levels, int64_t mantissa)
+      : shift(_mm512_set1_epi16(static_cast<int16_t>(mantissa + 1))),
+        kept(_mm512_set1_epi16(static_cast<int16_t>(0x8000 | 0x7f << (7 - mantissa)))),
+        exponent(_mm512_set1_epi16(static_cast<int16_t>(0x7f << (7 - mantissa) & 0x7f80))),
+        base(_mm512_set1_epi16(static_cast<int16_t>(mantissa == 3 ? 0x3800 : 0x3000))) {
+    const __m256i words = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(_mm512_loadu_ps(levels)), 16));
+    subnormals = _mm512_inserti64x4(_mm512_castsi256_si512(words), words, 1);
+  }
+  // code: a byte in the upper half of every word, and its low bits at the bottom of `low`.
+  MINFER_INLINE __m512i operator()(__m512i code, __m512i low) const {
+    const __m512i bits = _mm512_and_si512(_mm512_srav_epi16(code, shift), kept);
+    const __m512i sign = _mm512_and_si512(code, _mm512_set1_epi16(static_cast<int16_t>(0x8000)));
+    const __m512i small = _mm512_or_si512(_mm512_permutexvar_epi16(low, subnormals), sign);
+    return _mm512_mask_mov_epi16(small, _mm512_test_epi16_mask(bits, exponent), _mm512_or_si512(bits, base));
+  }
+};
+MINFER_INLINE void expand_small_floats(Bytes raw, const SmallFloatTable& table, Brains (&out)[2]) {
+  out[0] = table(_mm512_slli_epi16(raw, 8), raw);
+  out[1] = table(raw, _mm512_srli_epi16(raw, 8));
+}
 MINFER_INLINE Floats dot_brains(Floats sum, Brains w, int32_t pair) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(broadcast_int(pair)));
 }

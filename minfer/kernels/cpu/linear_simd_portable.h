@@ -176,6 +176,21 @@ MINFER_INLINE void expand_bytes(Bytes raw, Brains (&out)[2]) {
   expand_bytes(raw, f);
   for (int i = 0; i < 2; ++i) out[i] = upper_halves(f[i], f[i + 2]);
 }
+__attribute__((noinline)) void look_up_all(const float* levels, const uint8_t* raw, float* out) {
+  for (int i = 0; i < 64; ++i) out[i % 4 * 16 + i / 4] = levels[raw[i]];
+}
+MINFER_INLINE void look_up_floats(Bytes raw, const float* levels, Floats (&out)[4]) {
+  look_up_all(levels, reinterpret_cast<const uint8_t*>(&raw), reinterpret_cast<float*>(out));
+}
+struct SmallFloatTable {
+  const float* levels;
+  MINFER_INLINE SmallFloatTable(const float* values, int64_t) : levels(values) {}
+};
+MINFER_INLINE void expand_small_floats(Bytes raw, const SmallFloatTable& table, Brains (&out)[2]) {
+  Floats f[4];
+  look_up_floats(raw, table.levels, f);
+  for (int i = 0; i < 2; ++i) out[i] = upper_halves(f[i], f[i + 2]);
+}
 MINFER_INLINE Floats dot_brains(Floats sum, Brains w, int32_t pair) {
   const Floats even = bits_as<Floats>(w << 16), odd = bits_as<Floats>(w & 0xffff0000u);
   const uint32_t xs = static_cast<uint32_t>(pair);

@@ -1,7 +1,7 @@
 // The inner loop of every product by a quantised matrix, written once for codes of 4 and 8 bits and for int8, bfloat16 and
 // float32 activations.
 //
-//   y[row, n] = sum over groups g of 32 inputs:  scale[n, g] * dot(codes[n, g], x[row, g])  +  min[n, g] * sum(x[row, g])
+//   y[row, n] = sum over groups g of 32 (or 16) inputs:  scale[n, g] * dot(codes[n, g], x[row, g])  +  min[n, g] * sum(x[row, g])
 //
 // The dot is exact in int8 mode (integers) and has one order of additions in the others; groups are added in order, each with
 // the same two fused multiply-adds. So a row's result is the same bits in every tile, at every batch size.
@@ -11,7 +11,7 @@
 //
 // Packed layout (linear_pack.cpp makes it): panels of 32 columns, each one stretch of memory, codes first, then scales.
 //   4 bits: [K/8][2][16 columns][4 bytes]; byte i of a column holds input i in its low and input 4 + i in its high nibble
-//   8 bits: [K/4][2][16 columns][4 bytes]; signed codes plus 128
+//   8 bits: [K/4][2][16 columns][4 bytes]; signed codes plus 128, or the bit patterns of 8-bit floats
 //   scales: [K/group][1 or 2: scale, min][32 columns], float16 where that is exact, otherwise float32
 #pragma once
 
@@ -20,12 +20,12 @@
 
 #include "abi.h"
 #include "linear_simd.h"
+#include "linear_weight.h"
 
 namespace minfer::MINFER_ISA {
 namespace {
 
 constexpr int64_t kPanel = 32;   // columns
-constexpr int64_t kGroup = 32;   // inputs that share a scale of x; groups of weights are multiples of it
 constexpr int64_t kVector = 16;  // columns of one vector
 
 // What a group of one row of x adds to the formula beside its values.
@@ -65,7 +65,6 @@ MINFER_INLINE int32_t four_bytes(const char* p) {
 template <int kBits>
 struct Int8Path {
   static constexpr int kStep = 4;
-  static constexpr int kStored = kBits;
   using Vector = Bytes;
   using Sum = Dots<kBits>;
   MINFER_INLINE static void start(Sum& sum, const GroupStats& stats) { sum.start(stats.correction); }
@@ -85,6 +84,10 @@ struct BrainPath {
     return fma(sum, scale, total);
   }
 };
+
+// The same activations against 8-bit floats, whose bits are widened in registers.
+template <class Base>
+struct SmallFloats : Base {};
 
 struct FloatPath {
   static constexpr int kStep = 1;
@@ -107,15 +110,14 @@ constexpr uint8_t kBrainOrder8[8] = {0, 2, 1, 3, 4, 6, 5, 7};
 constexpr uint8_t kFloatOrder4[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 constexpr uint8_t kFloatOrder8[8] = {0, 1, 2, 3, 4, 5, 6, 7};
 
-// Unpacks one 64-byte vector into Path's vectors. `values`: what a 4-bit code stands for, as 16 floats (float paths) or as
-// 16 bytes (int8 path with 8-bit dots).
+// Unpacks one 64-byte vector into Path's vectors, by the weight's levels (float paths) or its table (int8 path).
 template <class Path, int kBits>
 struct Expander;
 
 template <>
 struct Expander<Int8Path<4>, 4> {
   static constexpr int kVectors = 2;
-  explicit MINFER_INLINE Expander(const void*) {}
+  explicit MINFER_INLINE Expander(const QuantizedWeight&) {}
   MINFER_INLINE void operator()(Bytes raw, Bytes (&out)[2]) const {
     out[0] = low_nibbles(raw);
     out[1] = high_nibbles(raw);
@@ -125,7 +127,7 @@ template <>
 struct Expander<Int8Path<8>, 4> {
   static constexpr int kVectors = 2;
   Bytes table;
-  explicit MINFER_INLINE Expander(const void* values) : table(byte_table(static_cast<const uint8_t*>(values))) {}
+  explicit MINFER_INLINE Expander(const QuantizedWeight& w) : table(byte_table(w.table)) {}
   MINFER_INLINE void operator()(Bytes raw, Bytes (&out)[2]) const {
     out[0] = look_up(table, low_nibbles(raw));
     out[1] = look_up(table, high_nibbles(raw));
@@ -134,48 +136,63 @@ struct Expander<Int8Path<8>, 4> {
 template <>
 struct Expander<Int8Path<8>, 8> {
   static constexpr int kVectors = 1;
-  explicit MINFER_INLINE Expander(const void*) {}
+  explicit MINFER_INLINE Expander(const QuantizedWeight&) {}
   MINFER_INLINE void operator()(Bytes raw, Bytes (&out)[1]) const { out[0] = raw; }
 };
 template <>
 struct Expander<BrainPath, 4> {
   static constexpr int kVectors = 4;
   BrainTable table;
-  explicit MINFER_INLINE Expander(const void* values) : table(static_cast<const float*>(values)) {}
+  explicit MINFER_INLINE Expander(const QuantizedWeight& w) : table(w.levels) {}
   MINFER_INLINE void operator()(Bytes raw, Brains (&out)[4]) const { expand_nibbles(raw, table, out); }
 };
 template <>
 struct Expander<BrainPath, 8> {
   static constexpr int kVectors = 2;
-  explicit MINFER_INLINE Expander(const void*) {}
+  explicit MINFER_INLINE Expander(const QuantizedWeight&) {}
   MINFER_INLINE void operator()(Bytes raw, Brains (&out)[2]) const { expand_bytes(raw, out); }
 };
 template <>
 struct Expander<FloatPath, 4> {
   static constexpr int kVectors = 8;
   FloatTable table;
-  explicit MINFER_INLINE Expander(const void* values) : table(static_cast<const float*>(values)) {}
+  explicit MINFER_INLINE Expander(const QuantizedWeight& w) : table(w.levels) {}
   MINFER_INLINE void operator()(Bytes raw, Floats (&out)[8]) const { expand_nibbles(raw, table, out); }
 };
 template <>
 struct Expander<FloatPath, 8> {
   static constexpr int kVectors = 4;
-  explicit MINFER_INLINE Expander(const void*) {}
+  explicit MINFER_INLINE Expander(const QuantizedWeight&) {}
   MINFER_INLINE void operator()(Bytes raw, Floats (&out)[4]) const { expand_bytes(raw, out); }
 };
 
+template <>
+struct Expander<SmallFloats<BrainPath>, 8> {
+  static constexpr int kVectors = 2;
+  SmallFloatTable table;
+  explicit MINFER_INLINE Expander(const QuantizedWeight& w) : table(w.levels, w.mantissa) {}
+  MINFER_INLINE void operator()(Bytes raw, Brains (&out)[2]) const { expand_small_floats(raw, table, out); }
+};
+template <>
+struct Expander<SmallFloats<FloatPath>, 8> {
+  static constexpr int kVectors = 4;
+  const float* levels;
+  explicit MINFER_INLINE Expander(const QuantizedWeight& w) : levels(w.levels) {}
+  MINFER_INLINE void operator()(Bytes raw, Floats (&out)[4]) const { look_up_floats(raw, levels, out); }
+};
+
 // A panel's memory, as linear_weight.h lays it out.
-template <class Path, int kBits, bool kMin>
+template <class Path, int kBits, bool kMin, int kUnit>
 struct Source {
   using Expand = Expander<Path, kBits>;
   const char* codes;
   const char* scales;
   int64_t scale_dtype;  // kFloat16 or kFloat32: a branch for each group costs nothing, a template would double the code
-  int64_t group_shift;  // log2 of weight group / 32
+  int64_t group_shift;  // log2 of weight group / unit
   Expand expand;
 
   MINFER_INLINE void load(int64_t group, int i, int c, typename Path::Vector (&out)[Expand::kVectors]) const {
-    expand(load_bytes(codes + ((group * kBits + i) * 2 + c) * 64), out);
+    expand(load_bytes(codes + ((group * (kBits * kUnit / 32) + i) * 2 + c) * 64), out);
   }
   // kind: 0 for the scale, 1 for the minimum.
   MINFER_INLINE Floats scale(int64_t group, int c, int kind) const {
@@ -198,11 +215,11 @@ struct Ahead {
 };
 
 // Adds `groups` groups of kRows rows x kVecs vectors of columns to `totals`.
-template <class Path, int kBits, bool kMin, int kRows, int kVecs>
-MINFER_INLINE void accumulate(const Source<Path, kBits, kMin>& source, const Rows& rows, int64_t groups, Ahead& ahead,
+template <class Path, int kBits, bool kMin, int kUnit, int kRows, int kVecs>
+MINFER_INLINE void accumulate(const Source<Path, kBits, kMin, kUnit>& source, const Rows& rows, int64_t groups, Ahead& ahead,
                               Floats (&totals)[kRows][kVecs]) {
   constexpr int kExpanded = Expander<Path, kBits>::kVectors;
-  constexpr int kLoads = kGroup / Path::kStep / kExpanded;
+  constexpr int kLoads = kUnit / Path::kStep / kExpanded;
   for (int64_t group = 0; group < groups; ++group) {
     typename Path::Sum sums[kRows][kVecs];
 #pragma GCC unroll 8
@@ -210,7 +227,7 @@ MINFER_INLINE void accumulate(const Source<Path, kBits, kMin>& source, const Row
 #pragma GCC unroll 2
       for (int c = 0; c < kVecs; ++c) Path::start(sums[r][c], rows.stats[r * rows.stats_stride + group]);
     }
-    const char* x = rows.values + group * (kGroup / Path::kStep) * 4;
+    const char* x = rows.values + group * (kUnit / Path::kStep) * 4;
 #pragma GCC unroll 8
     for (int i = 0; i < kLoads; ++i) {
       ahead.fetch();

@@ -5,11 +5,14 @@ are (nothing is rounded again), a dense one its values. Scales that came as floa
 as float16, which saves a sixth of what decoding 4-bit codes reads. linear_tile.h and linear_dense.cpp describe the layouts.
 
 How a quantised matrix meets its activations is chosen here too. `int8`: each token's activations are rounded to int8 in
-groups of 32 and the products are exact integers (llama.cpp does the same with its Q8_1); `none`: activations stay as they are
-and codes are multiplied as bfloat16 or float32 numbers.
+groups of 32 (of 16 where the weights' groups are finer) and the products are exact integers (llama.cpp does the same with its
+Q8_1); `none`: activations stay as they are and codes are multiplied as bfloat16 or float32 numbers, as 8-bit floats always are.
 
-Left out: groups that 32 doesn't divide, and dense matrices in another type than the activations'; the next backend in the
-list takes those.
+Inputs in another order (act-order) cost one look-up as a row is made ready. The same look-up pads groups that 16 doesn't
+divide: their extra columns meet zeros.
+
+Left out: groups of fewer than 8 inputs, 8-bit floats with minima, and dense matrices in another type than the activations'; the
+next backend in the list takes those.
 """
 
 from __future__ import annotations
@@ -25,11 +28,15 @@ from minfer.kernels.cpu.arena import WeightArena
 from minfer.kernels.cpu.runtime import DTYPES, Runtime
 from minfer.kernels.ops import StackedWeight, Weight
 from minfer.quant import PackedWeight
+from minfer.quant.elements import decode, has_nonfinite
 
 Activation = Literal["int8", "none"]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PANEL = 32  # columns that are stored together
-GROUP = 32  # inputs that share a scale of the activations
+UNIT = 32  # inputs that share a scale of the activations, where the weights' groups allow it
+SMALLEST_UNIT = 16
+SMALLEST_GROUP = 8  # below, padding would make more of a matrix than it saves
+MANTISSA_BITS = {"fp8_e4m3": 3, "fp8_e5m2": 2}
 
 
 class LinearKernels:
@@ -63,12 +70,16 @@ class LinearKernels:
             if weight.dtype != dtype:
                 return f"a {weight.dtype} matrix can't multiply {dtype} activations; cast it first"
             return CpuDenseWeight(self, weight)
-        if weight.scheme.element not in ("int4", "int8"):
-            return f"codes must be int4 or int8, not {weight.scheme.element}"
-        if weight.input_order is not None:
-            return "its groups are not runs of inputs (act-order)"
-        if weight.scheme.group_size % GROUP:
-            return f"groups must be multiples of {GROUP}, not {weight.scheme.group_size}"
+        weight = weight.widened()
+        element = weight.scheme.element
+        if element in MANTISSA_BITS and weight.mins is not None:
+            return "has no kernel for 8-bit floats with minima"
+        if element in MANTISSA_BITS and has_nonfinite(weight.codes, element):
+            return "has no kernel for 8-bit floats that aren't finite"
+        if element not in ("int4", "int8", *MANTISSA_BITS) and weight.table is None:
+            return f"has no kernel for {element}"
+        if weight.scheme.group_size < SMALLEST_GROUP:
+            return f"groups must be of {SMALLEST_GROUP} inputs or more, not {weight.scheme.group_size}"
         return CpuQuantizedWeight(self, weight, dtype)
 
 
@@ -143,50 +154,41 @@ class CpuDenseWeight(CpuWeight):
 class CpuQuantizedWeight(CpuWeight):
     """A matrix [N, K] of 4- or 8-bit codes with grouped scales and, if it has them, minima.
 
-    levels: for 4-bit codes 0..15 that index a table (NF4, FP4, IQ4_NL), the 16 values they stand for; in int8 mode they are
-    rounded to 1/127 of the largest, because the products are int8's.
+    Codes that index a table (NF4, FP4, IQ4_NL) are 4 bits like any others. The table takes the type that is multiplied: bfloat16
+    (which rounds NF4's by at most 1/512) or int8: exact where the values are multiples of one number, as those of FP4 and IQ4
+    are, otherwise rounded to 1/127 of the largest.
     """
 
-    def __init__(self, kernels: LinearKernels, packed: PackedWeight, dtype: torch.dtype, levels: Sequence[float] | None = None) -> None:
+    def __init__(self, kernels: LinearKernels, packed: PackedWeight, dtype: torch.dtype) -> None:
         super().__init__(kernels)
         self.shape = packed.shape
         self.dtype = dtype
-        n, k = packed.shape
-        bits = 4 if packed.scheme.element == "int4" else 8
-        int8 = kernels.activation == "int8"
-        scales, offset, table = packed.scales.float(), 128 if bits == 8 else 0, None
-        if levels is not None and int8:
-            unit = max(abs(level) for level in levels) / 127
-            levels, scales, offset = [float(round(level / unit)) for level in levels], scales * unit, 128
-            table = torch.tensor([int(level) + 128 for level in levels], dtype=torch.uint8)
-        elif levels is None and bits == 4:
-            offset = 8 if packed.scheme.symmetric else 0
-            levels = [float(code - offset) for code in range(16)]
-
-        shift = offset if table is None else 0
-        group, half = self._pack(packed, scales, bits, shift)
-        self._levels = torch.tensor(levels or [0.0] * 16, dtype=torch.float32)
-        self._table = table
+        codebook = _Codebook(packed, dtype, kernels.activation)
+        columns = _Columns(packed)
+        group, half = self._pack(packed, columns, codebook)
+        self._levels, self._table, self._order = codebook.levels, codebook.table, columns.order
         # The struct QuantizedWeight of linear_weight.h: all fields 8 bytes.
-        value_dtype = torch.int8 if int8 else torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        addresses = [0 if t is None else t.data_ptr() for t in (self._panels, self._levels, self._table)]
-        fields = [*addresses, n, k, bits, group, offset, packed.mins is not None, half, DTYPES[value_dtype]]
+        addresses = [0 if t is None else t.data_ptr() for t in (self._panels, self._levels, self._table, self._order)]
+        fields = [*addresses, self.shape[0], columns.count, self.shape[1], codebook.bits, codebook.mantissa, columns.unit, group]
+        fields += [codebook.offset, packed.mins is not None, half, DTYPES[codebook.value_dtype]]
         self._struct = torch.tensor([int(field) for field in fields], dtype=torch.int64)
 
-    def _pack(self, packed: PackedWeight, scales: torch.Tensor, bits: int, shift: int) -> tuple[int, bool]:
-        """Fills `_panels`; returns the group as stored (32 times a power of two) and whether float16 held the scales."""
-        (n, k), groups, size = packed.shape, scales.shape[1], packed.scheme.group_size
-        parts = size // GROUP
-        group = GROUP * (parts & -parts)  # a group of 96 is stored as three of 32 with the same scale
+    def _pack(self, packed: PackedWeight, columns: _Columns, codebook: _Codebook) -> tuple[int, bool]:
+        """Fills `_panels`; returns the group as stored (the unit times a power of two) and whether float16 held the scales."""
+        n, k, groups = packed.shape[0], columns.count, packed.scales.shape[1]
+        parts = columns.group // columns.unit
+        group = columns.unit * (parts & -parts)  # a group of 96 is stored as three of 32 with the same scale
+        scales = (packed.scales.float() * codebook.unit).contiguous()
         mins = None if packed.mins is None else packed.mins.float().contiguous()
         half = _fits_half(scales) and (mins is None or _fits_half(mins))
-        code_bytes = k * PANEL * bits // 8
+        code_bytes = k * PANEL * codebook.bits // 8
         panel_bytes = code_bytes + (k // group) * PANEL * (1 if mins is None else 2) * (2 if half else 4)
         self._panels = self._kernels.arena.empty(_padded(n) // PANEL * panel_bytes, torch.uint8)
-        codes, scales, start = packed.codes.contiguous(), scales.contiguous(), self._panels.data_ptr()
-        self._kernels.pack_codes(codes.data_ptr(), start, panel_bytes, n, k, bits, shift)
+        codes, start = columns.pad(packed.codes, 0).contiguous(), self._panels.data_ptr()
+        self._kernels.pack_codes(codes.data_ptr(), start, panel_bytes, n, k, codebook.bits, codebook.shift)
         address = 0 if mins is None else mins.data_ptr()
-        self._kernels.pack_scales(scales.data_ptr(), address, start + code_bytes, panel_bytes, n, groups, size // group, half)
+        repeat = columns.group // group
+        self._kernels.pack_scales(scales.data_ptr(), address, start + code_bytes, panel_bytes, n, groups, repeat, half)
         return group, half
 
     @property
@@ -205,6 +207,71 @@ class CpuQuantizedWeight(CpuWeight):
         y = runtime.empty((ids.shape[0], self.shape[1]), self.dtype)
         self._kernels.gather_quantized(runtime.ptr(ids), runtime.ptr(y), ids.shape[0], *types, runtime.ptr(self._struct))
         return y
+
+
+class _Codebook:
+    """What codes stand for as the kernels see it: value = unit * level, the unit being moved into the scales."""
+
+    def __init__(self, packed: PackedWeight, dtype: torch.dtype, activation: Activation) -> None:
+        element, table = packed.scheme.element, packed.table
+        self.mantissa = MANTISSA_BITS.get(element, 0)
+        self.bits = 8 if element == "int8" or self.mantissa else 4
+        wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        self.value_dtype = torch.int8 if activation == "int8" and not self.mantissa else wide  # of x inside the product
+        self.unit = 1.0
+        self.offset = self.shift = 0  # what int8 dots have in their codes beyond the level; what is added as codes are packed
+        self.levels: torch.Tensor | None = None
+        self.table: torch.Tensor | None = None
+        if self.mantissa:
+            self.unit = {3: 2.0**8, 2: 2.0**16}[self.mantissa]  # leaves room for the exponent bits, see linear_simd_avx512.h
+            bits = torch.arange(256, dtype=torch.uint8).view(torch.int8)
+            self.levels = decode(bits, element, None) / self.unit
+        elif table is not None:
+            self.levels = torch.tensor(table, dtype=torch.float32)
+            if self.value_dtype == torch.bfloat16:
+                self.levels = self.levels.bfloat16().float()
+            if self.value_dtype == torch.int8:
+                self.unit, self.offset = _int8_unit(table), 128
+                self.levels = torch.round(self.levels / self.unit)
+                self.table = (self.levels + 128).to(torch.uint8)
+        else:
+            self.offset = 128 if self.bits == 8 else 8 if packed.scheme.symmetric else 0
+            self.shift = self.offset
+            self.levels = torch.arange(16, dtype=torch.float32) - self.offset if self.bits == 4 else None
+
+
+class _Columns:
+    """Which input each stored column of codes meets: K of them as they come, or more where groups have to be padded.
+
+    unit: inputs whose activations share a scale. group: columns of a group as stored. order: int32 [count], -1 for a column that
+    meets nothing; None if columns are the inputs.
+    """
+
+    def __init__(self, packed: PackedWeight) -> None:
+        k, self._size = packed.shape[1], packed.scheme.group_size
+        self.unit = UNIT if self._size % UNIT == 0 or self._size > 4 * UNIT else SMALLEST_UNIT
+        if packed.scheme.element in MANTISSA_BITS:
+            self.unit = UNIT
+        self.group = -(-self._size // self.unit) * self.unit
+        self.count = k // self._size * self.group
+        self.order: torch.Tensor | None = None
+        if packed.input_order is not None or self.count != k:
+            order = torch.arange(k) if packed.input_order is None else packed.input_order
+            self.order = self.pad(order[None].int(), -1)[0].contiguous()
+
+    def pad(self, values: torch.Tensor, fill: int) -> torch.Tensor:
+        """[N, K] -> [N, count]"""
+        if self.group == self._size:
+            return values
+        groups = values.unflatten(1, (-1, self._size))
+        return torch.nn.functional.pad(groups, (0, self.group - self._size), value=fill).flatten(1)
+
+
+def _int8_unit(table: Sequence[float]) -> float:
+    """The largest number that all values are exact multiples of, up to 127 times; failing that, 1/127 of the largest value."""
+    largest = max(abs(value) for value in table)
+    exact = (2.0**-power for power in range(8))
+    return next((unit for unit in exact if largest <= 127 * unit and all(value % unit == 0 for value in table)), largest / 127 or 1.0)
 
 
 def _padded(n: int) -> int:
