@@ -622,7 +622,7 @@ struct Attention {
 
 void attention(const AttentionArgs& args, Pool& pool) {
   const bool coded = is_quantised(args.cache_dtype);
-#if defined(MINFER_ISA_avx512)
+#if defined(__AVX512BF16__)
   if (args.dtype == kBFloat16 && args.cache_dtype == kBFloat16) return Attention<Pairs, BFloat16, BFloat16>(args).run(pool);
   if (args.dtype == kBFloat16 && coded) return Attention<Pairs, BFloat16, uint8_t>(args).run(pool);
 #endif

@@ -77,7 +77,7 @@ struct Singles {
   static void store_probabilities(Word* out, int64_t key, Vec p) { store_words(out + key, bit_cast<UintVec>(p)); }
 };
 
-#if defined(MINFER_ISA_avx512)
+#if defined(__AVX512BF16__)
 // A word is two bfloat16: for bfloat16 queries over a bfloat16 cache.
 struct Pairs {
   static constexpr int kStep = 2;

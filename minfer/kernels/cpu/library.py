@@ -17,7 +17,9 @@ from typing import Any
 from minfer.errors import ConfigError, MinferError
 
 FILE_NAME = "libminfer_cpu.so"
-ISAS = ("avx512", "avx2", "portable")  # best first
+# Best first. avx512 is VNNI and BF16 (Sapphire Rapids, Zen 4, Cooper Lake), avx512vnni the same without BF16 (Cascade Lake, Ice
+# Lake). A CPU with AVX-512 and neither (Skylake-X) runs avx2: without int8 dot products wider vectors gain little and lower its clock.
+ISAS = ("avx512", "avx512vnni", "avx2", "portable")
 _HANDLE, _TEXT, _INT = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # result and arguments
     "minfer_has_isa": (_INT, [_TEXT]),

@@ -1,4 +1,4 @@
-// Sixteen columns at a time with AVX-512 (F, BW, VL, VNNI, BF16). linear_simd.h says what each function means.
+// Sixteen columns at a time with AVX-512 (F, BW, DQ, VL, VNNI, and BF16 where there is one). linear_simd.h says what each function means.
 #pragma once
 
 #include <immintrin.h>
@@ -141,9 +141,20 @@ MINFER_INLINE void expand_small_floats(Bytes raw, const SmallFloatTable& table, 
   out[0] = table(_mm512_slli_epi16(raw, 8), raw);
   out[1] = table(raw, _mm512_srli_epi16(raw, 8));
 }
+#if defined(__AVX512BF16__)
 MINFER_INLINE Floats dot_brains(Floats sum, Brains w, int32_t pair) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(broadcast_int(pair)));
 }
+#else
+MINFER_INLINE Floats even_floats(__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
+MINFER_INLINE Floats odd_floats(__m512i x) {
+  return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u))));
+}
+MINFER_INLINE Floats dot_brains(Floats sum, Brains w, int32_t pair) {
+  const __m512i xs = broadcast_int(pair);
+  return fma(odd_floats(w), odd_floats(xs), fma(even_floats(w), even_floats(xs), sum));
+}
+#endif
 
 // Sixteen values of x are scaled, rounded to nearest even and stored as int8.
 MINFER_INLINE Ints abs_bits(Floats x) { return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)); }

@@ -36,11 +36,11 @@ bool cpu_runs(const char* isa) {
   if (std::strcmp(isa, "avx2") == 0) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   }
-  if (std::strcmp(isa, "avx512") == 0) {
+  if (std::strcmp(isa, "avx512vnni") == 0) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
-           __builtin_cpu_supports("avx512bf16") && cpu_runs("avx2");
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && cpu_runs("avx2");
   }
+  if (std::strcmp(isa, "avx512") == 0) return cpu_runs("avx512vnni") && __builtin_cpu_supports("avx512bf16");
 #endif
   return false;
 }

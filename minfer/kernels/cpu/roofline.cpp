@@ -64,7 +64,7 @@ void peak_float32(const PeakArgs& a, Pool& pool) {
 }
 
 void peak_bfloat16(const PeakArgs& a, Pool& pool) {
-#if defined(MINFER_ISA_avx512)
+#if defined(__AVX512BF16__)
   run_chains(a, pool, 4 * kLanes, [](Vec sum, Vec x) -> Vec {
     return _mm512_dpbf16_ps(sum, bit_cast<__m512bh>(x), bit_cast<__m512bh>(x));
   });

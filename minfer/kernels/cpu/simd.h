@@ -123,7 +123,7 @@ inline Vec load(const Float16* p) {
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 inline HalfVec to_bfloat16(Vec v) {
-#if defined(MINFER_ISA_avx512)
+#if defined(__AVX512BF16__)
   return bit_cast<HalfVec>(_mm512_cvtneps_pbh(v));
 #else
   const UintVec bits = bit_cast<UintVec>(v);
