@@ -23,14 +23,23 @@ from minfer.kernels.cpu.runtime import DTYPES, Runtime
 from minfer.kernels.cpu.weights import Activation, LinearKernels
 from minfer.kernels.ops import Weight
 from minfer.quant import PackedWeight, QuantScheme
+from minfer.quant.elements import LISTED
 
-# name: element (or type), symmetric, activations
+FLOATS = ("bfloat16", "float16", "float32")
+
+# name: element, @ its group if that isn't 32 (or type), symmetric, activations
 KINDS: dict[str, tuple[str, bool, Activation]] = {
     "q4_1": ("int4", False, "int8"),
     "q4_0": ("int4", True, "int8"),
     "q8_0": ("int8", True, "int8"),
     "q4_1-a16": ("int4", False, "none"),
     "q8_0-a16": ("int8", True, "none"),
+    "q6_k": ("int8@16", True, "int8"),
+    "q2_k": ("int4@16", False, "int8"),
+    "nf4": ("nf4@64", True, "int8"),
+    "iq4_nl": ("table4", True, "int8"),
+    "nvfp4": ("fp4_e2m1@16", True, "int8"),
+    "fp8": ("fp8_e4m3@64", True, "none"),
     "bfloat16": ("bfloat16", True, "none"),
     "float16": ("float16", True, "none"),
     "float32": ("float32", True, "none"),
@@ -38,12 +47,14 @@ KINDS: dict[str, tuple[str, bool, Activation]] = {
 
 
 def matrix(n: int, k: int, element: str, symmetric: bool) -> torch.Tensor | PackedWeight:
-    if element not in ("int4", "int8"):
+    if element in FLOATS:
         return torch.randn(n, k).to(getattr(torch, element))
-    low, high = (-128, 128) if element == "int8" else (-8, 8) if symmetric else (0, 16)
-    scales = torch.rand(n, k // 32).half().float()
-    scheme = QuantScheme("int4" if element == "int4" else "int8", 32, symmetric)
-    return PackedWeight(torch.randint(low, high, (n, k), dtype=torch.int8), scales, None if symmetric else -8 * scales, scheme)
+    name, _, group = element.partition("@")
+    scheme = QuantScheme(name, int(group or 32), symmetric)  # type: ignore[arg-type]
+    low, high = {"int8": (-128, 128), "fp8_e4m3": (0, 127)}.get(name, (-8, 8) if name == "int4" and symmetric else (0, 16))
+    scales = torch.rand(n, k // scheme.group_size).half().float()
+    levels = torch.linspace(-1, 1, 16) if name in LISTED else None
+    return PackedWeight(torch.randint(low, high, (n, k), dtype=torch.int8), scales, None if symmetric else -8 * scales, scheme, levels)
 
 
 def model(kernels: LinearKernels, shape: Shape, layers: int, element: str, symmetric: bool, dtype: torch.dtype) -> list[Weight]:
@@ -113,7 +124,7 @@ def main() -> None:
     results = []
     for kind in options.kinds:
         element, symmetric, activation = KINDS[kind]
-        dtype = getattr(torch, element) if element not in ("int4", "int8") else torch.bfloat16
+        dtype = getattr(torch, element) if element in FLOATS else torch.bfloat16
         weights = model(LinearKernels(runtime, activation), SHAPES[options.shape], options.layers, element, symmetric, dtype)
         moved, parameters = sum(w.nbytes for w in weights), sum(w.shape.numel() for w in weights)
         unit = "int8" if activation == "int8" else "float32" if DTYPES[dtype] != DTYPES[torch.bfloat16] else "bfloat16"
