@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # The compiled kernels are part of the installation, so a change to them installs again.
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find minfer/kernels/cpu -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 
-.PHONY: demo test test-all lint format setup clean
+.PHONY: demo gpu test test-all lint format setup clean
 
 demo: setup  ## serve SmolLM2-135M, ask it a question through the OpenAI API, stop
 	$(BIN)/python examples/demo.py
@@ -17,6 +17,10 @@ test: setup  ## everything that has to pass before a change lands
 
 test-all: setup  ## the long matrix as well
 	$(BIN)/python -m pytest -m "not gpu"
+
+# The machine that has a GPU has its own torch, and maybe no network: nothing is installed there.
+gpu:  ## tests, kernels and whole models on this machine's GPU, in nine minutes; results/gpu/ has what came of it
+	$(PYTHON) -m compare.gpu
 
 lint: setup  ## style and types, as in CI
 	$(BIN)/ruff check .

@@ -1,201 +1,153 @@
-"""Times every op on every backend against what the machine can do: `python -m minfer.kernels.bench`.
+"""Times every op against what the machine can do: `python -m minfer.kernels.bench [--device cuda] [--op attention linear]`.
 
 The ceilings come first (memory bandwidth, peak of each kind of multiplication, measured); each op's share of its floor
 
     floor = max(bytes that must move / bandwidth, operations / peak)
 
-says how much is left to gain. Backends take turns, so that a noisy neighbour hits both, and operands rotate through more
-memory than any cache holds, as a model's weights do. The last line is one JSON document.
+says how much is left to gain, and `library` how long torch's own kernel for the work takes (dense products, scaled_dot_product_attention):
+for a quantised product that is the dense one, which it has to beat. Operands rotate through more memory than any cache holds, as a
+model's weights do. The last line of the output is one JSON document, with `--json` the only one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from minfer.batch import Batch
+from minfer.errors import ConfigError
 from minfer.kernels import Ops, select_ops
-from minfer.kernels.cpu.roofline import Roofline, measure
-from minfer.kernels.cpu.runtime import Runtime
-from minfer.kvcache import LayerCache
-from minfer.quant import PackedWeight, QuantScheme
+from minfer.kernels.bench_cases import SHAPES, Call, Case, Sizes, cases
+from minfer.kernels.bench_devices import CpuMachine, GpuMachine, Machine
 
-CACHE_BYTES = 96 * 1024 * 1024
-BLOCK_SIZE = 16
+OPS = ("rms_norm", "rotary", "write_kv", "act_mul", "argmax", "attention", "linear")
+LIBRARY = "library"
 
 
-@dataclass(frozen=True)
-class Shape:
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    inner: int
-    vocab: int
+def floor_us(case: Case, ceilings: Mapping[str, float]) -> float:
+    peak = ceilings.get(case.unit) or ceilings["float32"]
+    return max(case.bytes / ceilings["bandwidth"], case.operations / peak) * 1e6
 
 
-SHAPES = {
-    "smollm2-135m": Shape(576, 9, 3, 64, 1536, 49152),
-    "llama3.2-1b": Shape(2048, 32, 8, 64, 8192, 128256),
-    "llama2-7b": Shape(4096, 32, 32, 128, 11008, 32000),
-}
+def calls_of(case: Case, tables: Mapping[str, Ops], machine: Machine) -> dict[str, list[Call]]:
+    """For each contender the same work on as many operands as it takes to leave the caches. Raises ConfigError for too little memory."""
+    copies = max(1, min(32, machine.cache_bytes // max(case.bytes, 1))) if case.bytes > 65536 else 1
+    needed = max(case.memory, case.bytes) * copies * (len(tables) + 1)
+    if needed > machine.free_bytes():
+        raise ConfigError(f"needs {needed / 2**30:.1f} GiB of memory")
+    calls: dict[str, list[Call]] = {}
+    for name, ops in tables.items():
+        first = case.make(ops)
+        if first is not None:
+            calls[name] = [first, *(call for _ in range(copies - 1) if (call := case.make(ops)) is not None)]
+    if not calls:
+        raise ConfigError("no backend has a kernel for it")
+    if case.library is not None:
+        calls[LIBRARY] = [case.library() for _ in range(copies)]
+    return calls
 
 
-@dataclass(frozen=True)
-class Case:
-    """One op at one size. `make` builds a call on fresh operands of a backend's table."""
-
-    name: str
-    bytes: int  # that have to move at least once
-    operations: int
-    unit: str  # whose peak bounds the operations: float32, bfloat16 or int8
-    make: Callable[[Ops], Callable[[], Any]]
-
-
-def cases(shape: Shape, rows: int, context: int, dtype: torch.dtype) -> list[Case]:
-    """A step of `rows` tokens: one prompt of that many, or at decode sizes as many sequences of `context` tokens."""
-    size, h = dtype.itemsize, shape.hidden
-    qkv = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    listed = [
-        Case("rms_norm", 4 * rows * h * size, 0, "float32", lambda ops: _rms_norm(ops, rows, h)),
-        Case("rotary", 2 * rows * qkv * size, 0, "float32", lambda ops: _rotary(ops, rows, shape)),
-        Case("act_mul", 3 * rows * shape.inner * size, 0, "float32", lambda ops: _act_mul(ops, rows, shape.inner)),
-        Case("argmax", min(rows, 64) * shape.vocab * 4, 0, "float32", lambda ops: _argmax(ops, rows, shape.vocab)),
-        _attention_case(shape, rows, context, dtype),
-    ]
-    for name, n, k in (("qkv", qkv, h), ("o", h, shape.heads * shape.head_dim), ("gate_up", 2 * shape.inner, h), ("down", h, shape.inner)):
-        for kind, width, unit in (("dense", size, "bfloat16"), ("int8", 1.0625, "int8"), ("int4", 0.625, "int8")):
-            moved = int(n * k * width) + rows * (n + k) * size
-            make = _linear_maker(kind, n, k, rows)
-            listed.append(
-                Case(f"linear {kind} {name} [{n},{k}]", moved, 2 * rows * n * k, unit if size == 2 or kind != "dense" else "float32", make)
-            )
-    return listed
+def measure_case(case: Case, tables: Mapping[str, Ops], machine: Machine, ceilings: Mapping[str, float], seconds: float) -> list[Any]:
+    """One entry for each contender."""
+    times, floor = machine.time(calls_of(case, tables, machine), seconds), floor_us(case, ceilings)
+    library = times.get(LIBRARY)
+    entries = []
+    for name, values in times.items():
+        best = values[0]
+        entry = {
+            "op": case.op,
+            "case": case.name,
+            "backend": name,
+            "median_us": statistics.median(values),
+            "best_us": best,
+            "floor_us": floor,
+            "share_of_roofline": floor / best,
+            "gb_per_s": case.bytes / best / 1e3,
+            "tflop_per_s": case.operations / best / 1e6,
+        }
+        entries.append(entry | ({"library_over_ours": library[0] / best} if library and name != LIBRARY else {}))
+    return entries
 
 
-def _rms_norm(ops: Ops, rows: int, width: int) -> Callable[[], Any]:
-    x, residual, weight = (torch.randn(n, width).to(ops.dtype) for n in (rows, rows, 1))
-    return lambda: ops.rms_norm(x, weight[0], 1e-5, residual)
+def measure_all(options: argparse.Namespace, machine: Machine, tables: Mapping[str, Ops], ceilings: Mapping[str, float]) -> dict[str, Any]:
+    """Until all is done or the time is over; what was left out is named."""
+    deadline = time.monotonic() + (options.seconds or float("inf"))
+    results: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    for shape in options.shape:
+        sizes = Sizes(
+            SHAPES[shape], getattr(torch, options.dtype), machine.device, options.context, machine.decode_rows, machine.rounds_inputs
+        )
+        for rows in options.rows:
+            print(f"\n{shape}, {rows} rows{'us':>30}{'best':>9}{'floor':>7}{'GB/s':>8}{'TFLOP/s':>9}{'x library':>10}", file=options.log)
+            for case in cases(sizes, rows):
+                if case.op not in options.op:
+                    continue
+                where = f"{shape}, {rows} rows, {case.name}"
+                if time.monotonic() > deadline:
+                    skipped.append(f"{where}: out of time")
+                    continue
+                try:
+                    entries = measure_case(case, tables, machine, ceilings, options.each)
+                except ConfigError as error:
+                    skipped.append(f"{where}: {error}")
+                    continue
+                results += [{"shape": shape, "rows": rows, **entry} for entry in entries]
+                for entry in entries:
+                    print(_line(case, entry), file=options.log, flush=True)
+    return {"results": results, "skipped": skipped}
 
 
-def _rotary(ops: Ops, rows: int, shape: Shape) -> Callable[[], Any]:
-    q, k = (torch.randn(rows, heads, shape.head_dim).to(ops.dtype) for heads in (shape.heads, shape.kv_heads))
-    positions, table = torch.arange(rows, dtype=torch.int32), torch.rand(rows, shape.head_dim)
-    return lambda: ops.rotary(q, k, positions, table)
+def _line(case: Case, entry: Mapping[str, Any]) -> str:
+    ratio = f"{entry['library_over_ours']:10.2f}" if "library_over_ours" in entry else ""
+    times = f"{entry['median_us']:11.1f}{entry['best_us']:9.1f}{entry['share_of_roofline']:7.0%}"
+    return f"{case.name:36} {entry['backend']:10}{times}{entry['gb_per_s']:8.0f}{entry['tflop_per_s']:9.2f}{ratio}"
 
 
-def _act_mul(ops: Ops, rows: int, inner: int) -> Callable[[], Any]:
-    x = torch.randn(rows, 2 * inner).to(ops.dtype)
-    return lambda: ops.act_mul(x, "silu")
-
-
-def _argmax(ops: Ops, rows: int, vocab: int) -> Callable[[], Any]:
-    logits = torch.randn(min(rows, 64), vocab)
-    return lambda: ops.argmax(logits)
-
-
-def _attention_case(shape: Shape, rows: int, context: int, dtype: torch.dtype) -> Case:
-    new, total, requests = (rows, rows, 1) if rows > 64 else (1, context, rows)
-    seen = requests * (new * (total - new) + new * (new + 1) // 2)
-    kv = 2 * requests * total * shape.kv_heads * shape.head_dim * dtype.itemsize
-    operations = 4 * seen * shape.heads * shape.head_dim
-    unit = "bfloat16" if dtype == torch.bfloat16 else "float32"
-    name = f"attention {requests}x{new} over {total}"
-    return Case(name, kv, operations, unit, lambda ops: _attention(ops, shape, new, total, requests))
-
-
-def _attention(ops: Ops, shape: Shape, new: int, total: int, requests: int) -> Callable[[], Any]:
-    width = -(-total // BLOCK_SIZE)
-    blocks = torch.randperm(requests * width).int().view(requests, width)
-    pages = (requests * width, shape.kv_heads, BLOCK_SIZE, shape.head_dim)
-    cache = LayerCache(torch.randn(pages).to(ops.dtype), torch.randn(pages).to(ops.dtype))
-    start = torch.arange(requests + 1, dtype=torch.int32) * new
-    none = torch.zeros(0, dtype=torch.int32)
-    lens = torch.full((requests,), total, dtype=torch.int32)
-    batch = Batch(none, none, none.long(), start, lens, blocks, none.long(), [new] * requests, [total] * requests)
-    q = torch.randn(requests * new, shape.heads, shape.head_dim).to(ops.dtype)
-    return lambda: ops.attention(q, cache, batch, shape.head_dim**-0.5)
-
-
-def _linear_maker(kind: str, n: int, k: int, rows: int) -> Callable[[Ops], Callable[[], Any]]:
-    def make(ops: Ops) -> Callable[[], Any]:
-        matrix: torch.Tensor | PackedWeight
-        if kind == "dense":
-            matrix = torch.randn(n, k).to(ops.dtype)
-        else:
-            bits = 4 if kind == "int4" else 8
-            codes = torch.randint(0, 16, (n, k)) if bits == 4 else torch.randint(-128, 128, (n, k))
-            scales = torch.rand(n, k // 32).half().float()
-            mins = -8 * scales if bits == 4 else None
-            matrix = PackedWeight(codes.to(torch.int8), scales, mins, QuantScheme("int4" if bits == 4 else "int8", 32, mins is None))
-        weight, x = ops.prepare(matrix), torch.randn(rows, k).to(ops.dtype)
-        return lambda: ops.linear(x, weight)
-
-    return make
-
-
-def time_case(case: Case, tables: dict[str, Ops], seconds: float) -> dict[str, list[float]]:
-    """Microseconds of each call, backend by backend, in turns."""
-    copies = max(1, min(32, CACHE_BYTES // max(case.bytes, 1))) if case.bytes > 65536 else 1
-    calls = {name: [case.make(ops) for _ in range(copies)] for name, ops in tables.items()}
-    times: dict[str, list[float]] = {name: [] for name in tables}
-    end, turn = time.perf_counter() + seconds, 0
-    while time.perf_counter() < end or turn < 5:
-        for name, variants in calls.items():
-            start = time.perf_counter()
-            variants[turn % copies]()
-            times[name].append((time.perf_counter() - start) * 1e6)
-        turn += 1
-    return {name: sorted(values[1:]) for name, values in times.items()}
-
-
-def floor_us(case: Case, ceilings: Roofline) -> float:
-    peak = getattr(ceilings, case.unit) or ceilings.float32
-    return max(case.bytes / ceilings.bandwidth, case.operations / peak) * 1e6
-
-
-def main() -> None:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m minfer.kernels.bench", description="Times every op against the machine's ceilings.")
-    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="model whose sizes are used")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 512], help="tokens a step")
-    parser.add_argument("--context", type=int, default=512, help="tokens a sequence has at decode (steps of up to 64 rows)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--op", choices=OPS, nargs="+", default=OPS, help="which ops (default: all)")
+    parser.add_argument("--shape", choices=SHAPES, nargs="+", help="models whose sizes are used")
+    parser.add_argument("--rows", type=int, nargs="+", help="tokens a step: sequences that decode, or above 64 (a GPU: 256) one prompt")
+    parser.add_argument("--context", type=int, nargs="+", help="tokens that a decoding sequence has")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--backends", nargs="+", default=["cpu", "reference"])
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--only", default="", help="ops whose name contains this")
-    parser.add_argument("--seconds", type=float, default=0.3, help="time spent on each op")
-    options = parser.parse_args()
-    dtype = getattr(torch, options.dtype)
-    tables = {name: select_ops(torch.device("cpu"), dtype, name, options.threads) for name in options.backends}
-    runtime = Runtime(options.threads)
-    torch.set_num_threads(runtime.threads)  # a table of compiled kernels takes torch's away, but here both compete
-    ceilings = measure(runtime)
-    print(f"{runtime.isa}, {runtime.threads} threads, load {os.getloadavg()[0]:.1f}: reading {ceilings.bandwidth / 1e9:.1f} GB/s; ", end="")
-    print(", ".join(f"{unit} {getattr(ceilings, unit) / 1e9:.0f} Gop/s" for unit in ("float32", "bfloat16", "int8")))
-    results = []
-    for rows in options.rows:
-        print(f"\n{rows} rows{'':35}" + "".join(f"{name + ' us':>14}{'best':>9}{'floor':>7}" for name in tables))
-        for case in cases(SHAPES[options.shape], rows, options.context, dtype):
-            if options.only not in case.name:
-                continue
-            times, floor = time_case(case, tables, options.seconds), floor_us(case, ceilings)
-            line = f"{case.name:40}"
-            for name, values in times.items():
-                median = statistics.median(values)
-                line += f"{median:14.1f}{values[0]:9.1f}{floor / values[0]:7.0%}"
-                results.append(
-                    {"op": case.name, "rows": rows, "backend": name, "median_us": median, "best_us": values[0], "floor_us": floor}
-                )
-            print(line, flush=True)
-    print(json.dumps({"isa": runtime.isa, "threads": runtime.threads, "dtype": options.dtype, **vars(ceilings), "results": results}))
+    parser.add_argument("--backends", nargs="+", help="tables of ops to time, beside torch's own kernels")
+    parser.add_argument("--threads", type=int, default=None, help="of a CPU")
+    parser.add_argument("--each", type=float, default=None, help="seconds spent on each op")
+    parser.add_argument("--seconds", type=float, default=None, help="begin nothing new after so long")
+    parser.add_argument("--json", action="store_true", help="print one JSON document to stdout, and everything else to stderr")
+    options = parser.parse_args(arguments)
+    on_gpu = options.device == "cuda"
+    options.shape = options.shape or (["llama2-7b", "llama3.1-8b", "smollm2-135m"] if on_gpu else ["smollm2-135m"])
+    options.rows = options.rows or ([1, 8, 64, 256, 512, 4096] if on_gpu else [1, 8, 512])
+    options.context = options.context or ([128, 4096, 32768] if on_gpu else [512])
+    options.backends = options.backends or (["triton"] if on_gpu else ["cpu", "reference"])
+    options.each = options.each or (0.05 if on_gpu else 0.3)
+    options.log = sys.stderr if options.json else sys.stdout
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --device cuda was asked for, but torch sees no CUDA or ROCm device")
+    machine: Machine = GpuMachine() if options.device == "cuda" else CpuMachine(options.threads)
+    tables = {name: select_ops(machine.device, getattr(torch, options.dtype), name, options.threads) for name in options.backends}
+    about, ceilings = machine.describe(), machine.ceilings()
+    peaks = ", ".join(f"{unit} {peak / 1e12:.3g} Top/s" for unit, peak in ceilings.items() if unit != "bandwidth" and peak)
+    print(", ".join(f"{name} {value}" for name, value in about.items()), file=options.log)
+    print(f"memory {ceilings['bandwidth'] / 1e9:.1f} GB/s; {peaks}", file=options.log)
+    measured = measure_all(options, machine, tables, ceilings)
+    for line in measured["skipped"]:
+        print(f"left out: {line}", file=options.log)
+    print(json.dumps({**about, "dtype": options.dtype, "ceilings": ceilings, **measured}))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 from minfer.errors import ConfigError
-from minfer.kernels.bench import SHAPES, Shape
+from minfer.kernels.bench_cases import SHAPES, Shape
 from minfer.kernels.cpu.roofline import measure
 from minfer.kernels.cpu.runtime import DTYPES, Runtime
 from minfer.kernels.cpu.weights import Activation, LinearKernels
