@@ -111,11 +111,25 @@ def _result(engine: Engine, shape: Shape, runs: Sequence[Run], phases: dict[str,
         "repeats": len(runs),
         "cached_prompt_tokens": sum(run.cached_tokens for run in runs),
         "preemptions": sum(run.preemptions for run in runs),
+        "speculation": _speculation(runs),
         "device": loaded.device.type,
         "dtype": config.dtype,
         "kv_cache_dtype": config.kv_cache_dtype,
         "kernels": loaded.ops.chosen,
         "load_seconds": phases,
+    }
+
+
+def _speculation(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """Over all measured runs; None where nothing is guessed ahead. `accepted_at` counts right guesses by their place in the draft."""
+    all_stats = [run.speculation for run in runs if run.speculation is not None]
+    if not all_stats:
+        return None
+    return {
+        "drafts": sum(stats.num_drafts for stats in all_stats),
+        "draft_tokens": sum(stats.num_draft_tokens for stats in all_stats),
+        "accepted_tokens": sum(stats.num_accepted_tokens for stats in all_stats),
+        "accepted_at": [sum(counts) for counts in zip(*(stats.accepted_at for stats in all_stats), strict=True)],
     }
 
 
@@ -148,5 +162,15 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("host per decode step", f"{host['total']:.3f} ms outside the model ({parts})" if host else "not measured"),
         ("peak memory", memory),
         ("KV cache", f"{result['kv_cache_dtype']}, {human_bytes(result['kv_bytes_used'])} used of {human_bytes(result['kv_cache_bytes'])}"),
+        *_speculation_row(result["speculation"]),
         ("load", f"{result['load_seconds']['total']:.2f} s"),
+    ]
+
+
+def _speculation_row(counts: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if counts is None:
+        return []
+    share = f" ({counts['accepted_tokens'] / counts['draft_tokens']:.0%})" if counts["draft_tokens"] else ""
+    return [
+        ("guessed ahead", f"{counts['draft_tokens']} tokens, {counts['accepted_tokens']} right{share}; random prompts are hard to guess")
     ]

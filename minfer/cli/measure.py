@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 import time
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from minfer.engine.core import StepTimes
     from minfer.engine.engine import Engine
     from minfer.engine.outputs import RequestOutput
+    from minfer.speculative import SpeculationStats
 
 # The parts of a step that are the host's own; the rest of it is the model.
 HOST_PARTS = ("schedule", "build", "sample", "update")
@@ -40,6 +42,7 @@ class Run:
     peak_blocks: int
     cached_tokens: int
     preemptions: int
+    speculation: SpeculationStats | None = None
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -54,6 +57,8 @@ def measure(engine: Engine, shape: Shape, rng: random.Random) -> Run:
     """Runs one batch to its end. Every prompt is drawn anew from `rng`."""
     params = SamplingParams(max_tokens=shape.output_tokens, ignore_eos=True, temperature=0.0)
     prompts = [[rng.randrange(engine.inputs.vocab_size) for _ in range(shape.prompt_tokens)] for _ in range(shape.batch_size)]
+    speculation = engine.core.speculation
+    guessed = copy.deepcopy(speculation.stats) if speculation is not None else None
     started = time.perf_counter()
     for n, ids in enumerate(prompts):
         engine.add_request(f"bench-{n}", ids, params, kind="delta")
@@ -90,6 +95,7 @@ def measure(engine: Engine, shape: Shape, rng: random.Random) -> Run:
         peak_blocks=peak,
         cached_tokens=sum(output.num_cached_tokens for output in outputs),
         preemptions=sum(output.metrics.num_preemptions for output in outputs),
+        speculation=speculation.stats.since(guessed) if speculation is not None and guessed is not None else None,
     )
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import queue
 import threading
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable
 from typing import Any
@@ -20,6 +21,7 @@ from minfer.config import EngineConfig
 from minfer.engine.engine import Engine
 from minfer.engine.input_processor import Prompt
 from minfer.engine.outputs import OutputKind, RequestOutput
+from minfer.engine.stats import RequestStats
 from minfer.errors import EngineDeadError, MinferError
 from minfer.guided.compiler import COMPILE_SECONDS, took_too_long
 from minfer.sampling_params import SamplingParams
@@ -44,6 +46,8 @@ class AsyncLLM:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.stats = RequestStats()
+        engine.watchers.add(self.stats)
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}  # touched by the engine's thread only
         self._stopping = False
@@ -83,6 +87,7 @@ class AsyncLLM:
 
         Raises RequestError if the request can't be run, EngineDeadError if the engine fails or has failed.
         """
+        arrived = time.monotonic()
         request_id = request_id or uuid.uuid4().hex
         # Tokenising a long prompt takes milliseconds: neither the event loop nor the engine's thread waits for it.
         text, ids = await asyncio.to_thread(self.engine.inputs.tokenize, prompt)
@@ -90,7 +95,9 @@ class AsyncLLM:
         stream = _Stream(asyncio.get_running_loop())
 
         def add() -> None:
-            self.engine.add_tokens(request_id, text, ids, sampling_params, priority=priority, cache_salt=cache_salt, kind=kind)
+            self.engine.add_tokens(
+                request_id, text, ids, sampling_params, priority=priority, cache_salt=cache_salt, kind=kind, arrived=arrived
+            )
 
         self._send(lambda: self._admit(request_id, stream, add))
         finished = False

@@ -29,7 +29,7 @@ Scores = tuple[int, list[RowLogprobs]]  # (position, scores of the tokens from t
 
 @dataclass(slots=True)
 class StepTimes:
-    """Seconds spent so far in each part of the loop, and in how many steps: what the host costs beside the model."""
+    """Seconds spent in each part of the loop, and in how many steps: what the host costs beside the model."""
 
     steps: int = 0
     schedule: float = 0.0
@@ -37,6 +37,14 @@ class StepTimes:
     forward: float = 0.0
     sample: float = 0.0
     update: float = 0.0
+
+    def add(self, other: StepTimes) -> None:
+        self.steps += other.steps
+        self.schedule += other.schedule
+        self.build += other.build
+        self.forward += other.forward
+        self.sample += other.sample
+        self.update += other.update
 
 
 @dataclass(slots=True)
@@ -53,9 +61,10 @@ class CoreOutput:
 
 @dataclass(slots=True)
 class CoreStep:
-    scheduled: list[Request] = field(default_factory=list)
+    plan: SchedulerOutput
     outputs: list[CoreOutput] = field(default_factory=list)
     failed: list[Request] = field(default_factory=list)  # ended with "error": the model gave no distribution to sample from
+    times: StepTimes = field(default_factory=StepTimes)  # of this step alone
 
 
 class EngineCore:
@@ -83,7 +92,7 @@ class EngineCore:
         t0 = time.perf_counter()
         plan = self.scheduler.schedule()
         if not plan.scheduled:
-            return CoreStep()
+            return CoreStep(plan)
         spans = [_span(item) for item in plan.scheduled]
         t1 = time.perf_counter()
         built = self.runner.build_seconds
@@ -101,7 +110,9 @@ class EngineCore:
         step = self._remember(plan, sampled, scores)
         if self.speculation is not None:
             self.speculation.draft(plan.scheduled)
-        self._count(t1 - t0, self.runner.build_seconds - built, t2 - t1, t3 - t2, time.perf_counter() - t3)
+        built = self.runner.build_seconds - built
+        step.times = StepTimes(1, t1 - t0, built, t2 - t1 - built, t3 - t2, time.perf_counter() - t3)
+        self.times.add(step.times)
         return step
 
     def _remember(self, plan: SchedulerOutput, sampled: SamplerOutput, scores: dict[Request, Scores]) -> CoreStep:
@@ -115,7 +126,7 @@ class EngineCore:
             del output.token_ids[taken:], output.logprobs[taken:]
         for request, score in scores.items():
             outputs.setdefault(request, CoreOutput(request)).prompt_logprobs = score
-        return CoreStep([item.request for item in plan.scheduled], list(outputs.values()), failed)
+        return CoreStep(plan, list(outputs.values()), failed)
 
     def _verify(self, plan: SchedulerOutput, sampled: SamplerOutput) -> tuple[dict[Request, CoreOutput], list[Request]]:
         """Each request's new tokens, and the requests for which there was no distribution to draw one of them from."""
@@ -158,16 +169,6 @@ class EngineCore:
             part = slice(start, start + SCORING_ROWS)
             scored += prompt_logprobs(self.runner.logits(hidden[part]), targets[part], k)
         return scored
-
-    def _count(self, schedule: float, build: float, run: float, sample: float, update: float) -> None:
-        """`run` is the batch's building and the model together."""
-        times = self.times
-        times.steps += 1
-        times.schedule += schedule
-        times.build += build
-        times.forward += run - build
-        times.sample += sample
-        times.update += update
 
 
 def _builder(loaded: LoadedModel) -> BatchBuilder:

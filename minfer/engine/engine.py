@@ -17,12 +17,14 @@ from minfer.engine.core import EngineCore
 from minfer.engine.input_processor import InputProcessor, Prompt
 from minfer.engine.output_processor import OutputProcessor
 from minfer.engine.outputs import OutputKind, RequestOutput
+from minfer.engine.watch import Watchers
 from minfer.errors import EngineDeadError, RequestError
 from minfer.guided import GrammarMasks
 from minfer.loader import resolve_tokenizer
 from minfer.runner import LoadedModel, load_model
 from minfer.sampling import LogitsProcessor, PaddedVocabulary
 from minfer.sampling_params import SamplingParams
+from minfer.scheduler import Request
 from minfer.tokenizer import Tokenizer
 
 
@@ -37,6 +39,7 @@ class Engine:
         self.core = EngineCore(loaded, [*own, *processors, self.grammar_masks])  # the grammar has the last word
         self.inputs = InputProcessor(loaded.config, loaded.model_config, tokenizer)
         self.outputs = OutputProcessor(tokenizer)
+        self.watchers = Watchers()
         self._death: BaseException | None = None
 
     @classmethod
@@ -80,23 +83,29 @@ class Engine:
         priority: int = 0,
         cache_salt: Hashable = None,
         kind: OutputKind = "cumulative",
+        arrived: float | None = None,
     ) -> None:
-        """`add_request` for a prompt that `inputs.tokenize` has been through already."""
+        """`add_request` for a prompt that `inputs.tokenize` has been through already.
+
+        `arrived` is when its caller asked, in seconds of `time.monotonic()`, for those who measure how long that is ago.
+        """
         if self._death is not None:
             raise EngineDeadError(f"the engine stopped after an error: {self._death}") from self._death
         if request_id in self.outputs:
             raise RequestError(f"a request with the id {request_id!r} is already running; ids must be unique", param="request_id")
         requests = self.inputs.requests(request_id, ids, params, priority=priority, cache_key=cache_salt)
-        self.outputs.add(request_id, text, requests, kind)
+        since = time.monotonic() if arrived is None else arrived
+        self.outputs.add(request_id, text, requests, kind, since)
         for request in requests:
             self.core.scheduler.add(request)
+        self.watchers.tell(lambda watcher: watcher.added(requests, since))
 
     def abort(self, request_ids: Iterable[str]) -> list[RequestOutput]:
         """Ends requests where they stand; their blocks are free on return. Unknown or finished ids are ignored."""
         ended = [request for request_id in request_ids for request in self.outputs.requests_of(request_id)]
         for request in ended:
             self.core.scheduler.finish(request, "abort")
-        return self.outputs.close(ended)
+        return self._close(ended)
 
     def step(self) -> list[RequestOutput]:
         """One turn of the loop: the outputs that changed. Raises EngineDeadError if the model failed."""
@@ -105,17 +114,32 @@ class Engine:
         started = time.monotonic()
         try:
             done = self.core.step()
-            return self.outputs.process(done, started, self.core.scheduler.finish)
+            outputs = self.outputs.process(done, started, self.core.scheduler.finish)
         except Exception as error:
             self._death = error
             raise EngineDeadError(f"a step of the engine failed with {type(error).__name__}: {error}") from error
+        if done.plan.scheduled:
+            now = time.monotonic()
+            self.watchers.tell(lambda watcher: watcher.stepped(done, started, now))
+            self._tell_ended(now)
+        return outputs
 
     def fail_all(self) -> list[RequestOutput]:
         """After a failed step: ends everything in flight with "error" and releases all blocks."""
         ended = [request for request_id in self.outputs.ids() for request in self.outputs.requests_of(request_id)]
         for request in ended:
             self.core.scheduler.finish(request, "error")
-        return self.outputs.close(ended)
+        return self._close(ended)
+
+    def _close(self, ended: list[Request]) -> list[RequestOutput]:
+        outputs = self.outputs.close(ended)
+        self._tell_ended(time.monotonic())
+        return outputs
+
+    def _tell_ended(self, at: float) -> None:
+        ended = self.outputs.take_ended()
+        if ended:
+            self.watchers.tell(lambda watcher: watcher.ended(ended, at))
 
 
 def load_tokenizer(config: EngineConfig, loaded: LoadedModel) -> Tokenizer | None:

@@ -55,6 +55,7 @@ class OutputProcessor:
         self.tokenizer = tokenizer
         self._groups: dict[str, _Group] = {}
         self._home: dict[Request, tuple[_Group, _Sequence]] = {}
+        self._ended: list[Request] = []
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._groups
@@ -62,10 +63,10 @@ class OutputProcessor:
     def __len__(self) -> int:
         return len(self._groups)
 
-    def add(self, request_id: str, prompt: str | None, requests: list[Request], kind: OutputKind) -> None:
+    def add(self, request_id: str, prompt: str | None, requests: list[Request], kind: OutputKind, arrived: float) -> None:
         sequences = [self._sequence(index, request) for index, request in enumerate(requests)]
         scores: list[PositionLogprobs | None] | None = [None] if requests[0].params.prompt_logprobs is not None else None
-        group = _Group(request_id, prompt, kind, RequestMetrics(arrival_time=time.monotonic()), sequences, scores)
+        group = _Group(request_id, prompt, kind, RequestMetrics(arrival_time=arrived), sequences, scores)
         self._groups[request_id] = group
         for sequence in sequences:
             self._home[sequence.request] = group, sequence
@@ -79,12 +80,17 @@ class OutputProcessor:
         group = self._groups.get(request_id)
         return [s.request for s in group.sequences if not s.closed] if group else []
 
+    def take_ended(self) -> list[Request]:
+        """The sequences that are over since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
     def process(self, step: CoreStep, started: float, finish: Finish) -> list[RequestOutput]:
         """One step's tokens -> the outputs that callers are to see now. `started` is when the step began."""
         now = time.monotonic()
         changed: dict[_Group, None] = {}
-        for request in step.scheduled:
-            group, _ = self._home[request]
+        for item in step.plan.scheduled:
+            group, _ = self._home[item.request]
             if group.metrics.first_scheduled_time is None:
                 group.metrics.first_scheduled_time = started
         for output in step.outputs:
@@ -158,6 +164,7 @@ class OutputProcessor:
         if sequence.closed:
             return
         sequence.closed = True
+        self._ended.append(sequence.request)
         if sequence.stops.matched is None:
             rest = "" if sequence.detokenizer is None else sequence.detokenizer.finish()
             sequence.text.append(sequence.stops.feed(rest) + sequence.stops.finish())

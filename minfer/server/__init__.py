@@ -8,6 +8,7 @@ protocol.py     request bodies; structured.py: the form of the output in its man
 job.py          a checked request; generation.py: a job in the engine, its outputs and usage
 tools.py        the tools of a chat: told to the model, enforced by a grammar; tool_calls.py: read back from what it says
 chat.py completions.py logprobs.py   the two endpoints and their response shapes
+metrics.py      /metrics, for Prometheus
 sse.py connection.py                 event streams, and clients that leave
 
 Everything but `options` and this file needs the extra `server`.
@@ -30,7 +31,7 @@ def serve(config: EngineConfig, options: ServerOptions) -> None:
     Raises ConfigError if the address can't be used or the extra isn't installed, whatever loading the model raises, and
     EngineDeadError if the engine fails while serving.
     """
-    missing = [name for name in ("fastapi", "uvicorn", "pydantic") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("fastapi", "uvicorn", "pydantic", "prometheus_client") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f'the server needs {", ".join(missing)}; install it with: pip install "minfer[server]"')
     from minfer.server.run import run_server

@@ -16,6 +16,7 @@ from minfer.server.connection import ClientGone, while_connected
 from minfer.server.errors import install_handlers
 from minfer.server.generation import Generation
 from minfer.server.job import Job, chat_job, completion_job
+from minfer.server.metrics import add_metrics_route
 from minfer.server.middleware import ApiKey, BodyLimit, RequestId
 from minfer.server.options import ServerOptions
 from minfer.server.protocol import ChatCompletionRequest, CompletionRequest, UnknownFields
@@ -38,6 +39,7 @@ def create_app(model: ModelSlot | AsyncLLM, options: ServerOptions) -> FastAPI:
         app.add_middleware(ApiKey, key=options.api_key)
     app.add_middleware(RequestId)  # added last, so outermost
     _add_model_routes(app, slot)
+    add_metrics_route(app, slot, options.metrics_compat)
     _add_generation_routes(app, slot, options)
     return app
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from minfer.config import option
 from minfer.errors import ConfigError
+
+MetricsCompat = Literal["minfer", "vllm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,7 @@ class ServerOptions:
     max_request_tokens: int = option(262144, "Most tokens that one request may generate: prompts x n x max_tokens.")
     max_request_sequences: int = option(1024, "Most sequences that one request may start: prompts x n.")
     drain_seconds: float = option(30.0, "How long running requests may go on after SIGTERM or Ctrl-C.")
+    metrics_compat: MetricsCompat = option("minfer", "Prefix of the names in /metrics; vllm makes boards and tools made for vLLM work.")
     ping_seconds: float = option(15.0, "Silence on a stream after which a comment is sent, so that proxies keep it open.")
 
     def __post_init__(self) -> None:
@@ -32,6 +36,8 @@ class ServerOptions:
             raise ConfigError("api_key must be a non-empty string of printable ASCII characters")
         if self.served_model_name == "":
             raise ConfigError("served_model_name must not be empty")
+        if self.metrics_compat not in get_args(MetricsCompat):
+            raise ConfigError(f"metrics_compat must be one of {', '.join(get_args(MetricsCompat))}, not {self.metrics_compat!r}")
         for name in ("max_body_bytes", "max_request_tokens", "max_request_sequences"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)!r}")

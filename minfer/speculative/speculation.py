@@ -45,6 +45,15 @@ class SpeculationStats:
         """Tokens per verified draft, the model's own one included."""
         return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else 1.0
 
+    def since(self, earlier: SpeculationStats) -> SpeculationStats:
+        """What has been counted after `earlier`, a copy of these counters."""
+        return SpeculationStats(
+            self.num_drafts - earlier.num_drafts,
+            self.num_draft_tokens - earlier.num_draft_tokens,
+            self.num_accepted_tokens - earlier.num_accepted_tokens,
+            [now - then for now, then in zip(self.accepted_at, earlier.accepted_at, strict=True)],
+        )
+
     def snapshot(self) -> dict[str, int]:
         """The counters as they are now, to subtract from later ones."""
         return {"drafts": self.num_drafts, "draft_tokens": self.num_draft_tokens, "accepted_tokens": self.num_accepted_tokens}

@@ -102,3 +102,14 @@ def test_peak_memory_is_this_process_own() -> None:
     before, after = map(int, ran.stdout.split())
     assert 60 << 20 <= after - before <= 80 << 20
     assert after < peak_memory()
+
+
+def test_speculation_is_counted(minfer: Callable, tiny_llama: Path) -> None:
+    flags = ["--load-format", "dummy", "--prompt-tokens", 24, "--output-tokens", 40, "--repeats", 2, *TINY]
+    assert minfer("bench", tiny_llama, "--json", *flags).json["speculation"] is None
+    drafting = [*flags, "--speculative", "ngram", "--no-adaptive-drafts", "--num-draft-tokens", 3, "--ngram-min-match", 1]
+    counts = minfer("bench", tiny_llama, "--json", *drafting).json["speculation"]
+    assert counts["draft_tokens"] >= counts["drafts"] > 0
+    assert counts["accepted_tokens"] == sum(counts["accepted_at"]) <= counts["draft_tokens"]
+    assert len(counts["accepted_at"]) == 3
+    assert "\nguessed ahead " in minfer("bench", tiny_llama, *drafting).out
