@@ -49,7 +49,7 @@ class InputProcessor:
             ids = [*prompt]
         else:
             raise RequestError(f"a prompt must be a string or a list of token ids, not {type(prompt).__name__}", param="prompt")
-        self._check_ids("prompt", ids)
+        self.check_ids("prompt", ids)
         if not ids:
             raise RequestError("the prompt is empty; give at least one token", param="prompt")
         if len(ids) >= self.max_model_len:
@@ -94,11 +94,12 @@ class InputProcessor:
 
     def _check_params(self, params: SamplingParams) -> None:
         for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
-            self._check_ids(name, list(ids))
+            self.check_ids(name, list(ids))
         if params.stop:
             self._tokenizer("a stop string")
 
-    def _check_ids(self, param: str, ids: list[int]) -> None:
+    def check_ids(self, param: str, ids: list[int]) -> None:
+        """Raises RequestError, about the field `param`, for what is no token id of this model."""
         for token in ids:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.vocab_size:
                 raise RequestError(f"{param} holds {token!r}, which is not a token id (0 to {self.vocab_size - 1})", param=param)

@@ -8,7 +8,7 @@ protocol.py     request bodies; structured.py: the form of the output in its man
 job.py          a checked request; generation.py: a job in the engine, its outputs and usage
 tools.py        the tools of a chat: told to the model, enforced by a grammar; tool_calls.py: read back from what it says
 chat.py completions.py logprobs.py   the two endpoints and their response shapes
-metrics.py      /metrics, for Prometheus
+metrics.py      /metrics, for Prometheus; tokenize.py: the tokenizer over HTTP
 sse.py connection.py                 event streams, and clients that leave
 
 Everything but `options` and this file needs the extra `server`.

@@ -22,6 +22,7 @@ from minfer.server.options import ServerOptions
 from minfer.server.protocol import ChatCompletionRequest, CompletionRequest, UnknownFields
 from minfer.server.slot import ModelSlot
 from minfer.server.sse import open_stream
+from minfer.server.tokenize import add_tokenizer_routes
 
 logger = logging.getLogger("minfer.server")
 
@@ -39,16 +40,22 @@ def create_app(model: ModelSlot | AsyncLLM, options: ServerOptions) -> FastAPI:
         app.add_middleware(ApiKey, key=options.api_key)
     app.add_middleware(RequestId)  # added last, so outermost
     _add_model_routes(app, slot)
+    add_tokenizer_routes(app, slot)
     add_metrics_route(app, slot, options.metrics_compat)
     _add_generation_routes(app, slot, options)
     return app
 
 
 def _add_model_routes(app: FastAPI, slot: ModelSlot) -> None:
+    @app.get("/ping")  # Amazon SageMaker's name for it
     @app.get("/health")
     async def health() -> dict[str, Any]:
         slot.require()
         return {"status": "ok"}
+
+    @app.get("/version")
+    async def version() -> dict[str, Any]:
+        return {"version": minfer.__version__}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -22,7 +22,10 @@ logger = logging.getLogger("minfer.server")
 
 _TYPES = {401: "authentication_error", 429: "overloaded_error"}
 _PLAIN = {  # what the routing raises by itself: (code, message)
-    404: ("route_not_found", "there is no {method} {path}; this server has /v1/models, /v1/completions, /v1/chat/completions and /health"),
+    404: (
+        "route_not_found",
+        "there is no {method} {path}; GET /openapi.json lists what there is",
+    ),
     405: ("method_not_allowed", "{path} does not take {method}"),
 }
 

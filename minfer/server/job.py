@@ -18,7 +18,7 @@ from minfer.engine.async_llm import AsyncLLM
 from minfer.errors import RequestError
 from minfer.sampling_params import SamplingParams
 from minfer.server.options import ServerOptions
-from minfer.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from minfer.server.protocol import ChatCompletionRequest, ChatInput, CompletionRequest, GenerationRequest
 from minfer.server.structured import STRUCTURED_FIELDS, in_field, structured_outputs
 from minfer.server.tools import Tools, read_tools, without_calls
 from minfer.structured_outputs import StructuredOutputsParams
@@ -111,6 +111,11 @@ def _job(
 
 
 def _apply_template(llm: AsyncLLM, request: ChatCompletionRequest, tools: Tools | None) -> TokenizedPrompt:
+    return TokenizedPrompt(None, llm.engine.inputs.tokenize(chat_ids(llm, request, tools))[1])
+
+
+def chat_ids(llm: AsyncLLM, request: ChatInput, tools: Tools | None) -> list[int]:
+    """The conversation as token ids, however many. Raises RequestError for what the template can't take."""
     options = request.chat_template_kwargs or {}
     taken = sorted(_TEMPLATE_ARGUMENTS & set(options))
     if taken:
@@ -124,10 +129,9 @@ def _apply_template(llm: AsyncLLM, request: ChatCompletionRequest, tools: Tools 
     if tools is not None:
         messages = tools.messages(messages)
     for_template = list(tools.tools) if tools is not None and tools.in_template else None
-    ids = llm.tokenizer.apply_chat_template(
+    return llm.tokenizer.apply_chat_template(
         messages, add_generation_prompt=opens, continue_final_message=continues, tools=for_template, **options
     )
-    return TokenizedPrompt(None, llm.engine.inputs.tokenize(ids)[1])
 
 
 def _split_prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:

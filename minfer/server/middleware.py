@@ -17,7 +17,7 @@ from minfer.server.errors import ApiError, as_api_error
 
 # Ids end up in logs and headers: short, printable, no spaces.
 _SAFE_ID = re.compile(r"[!-~]{1,128}")
-PUBLIC_PATHS = frozenset({"/health"})
+PUBLIC_PATHS = frozenset({"/health", "/ping"})
 
 
 class RequestId:

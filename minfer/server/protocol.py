@@ -91,16 +91,16 @@ def _is_ids(item: object) -> bool:
     return isinstance(item, list) and all(map(_is_id, item))
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
-class GenerationRequest(_Body):
+class GenerationRequest(Body):
     """What both endpoints take."""
 
     model: str | None = None
@@ -173,14 +173,19 @@ class GenerationRequest(_Body):
         return SamplingParams.from_mapping({**values, **overrides})
 
 
-class ChatCompletionRequest(GenerationRequest):
+class ChatInput(Body):
+    """What a chat template makes a prompt of."""
+
     messages: list[dict[str, Any]]  # the tokenizer checks them, for it knows what the template can take
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
+
+
+class ChatCompletionRequest(ChatInput, GenerationRequest):
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     add_special_tokens: Literal[False] | None = None  # the template writes them itself

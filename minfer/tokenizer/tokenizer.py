@@ -70,6 +70,11 @@ class Tokenizer:
         return self._source.eos_token_ids
 
     @property
+    def special_texts(self) -> Mapping[str, str]:
+        """The special tokens that the checkpoint names, as text: `bos_token`, `eos_token`, `pad_token` and so on."""
+        return self._source.special_texts
+
+    @property
     def chat_template(self) -> str | None:
         """The checkpoint's default chat template, a jinja2 source; None for a model without one."""
         return self._source.chat_templates.get("default")
