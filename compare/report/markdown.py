@@ -11,7 +11,7 @@ from compare.results import Results
 
 FRONT_NOTE = (
     "Medians; in brackets the share of the roofline. Agreement: share of greedy tokens before the first difference from fp32 "
-    "transformers. A star: the output is garbage."
+    "transformers (four-bit rounding of a small model alters nearly all of them). A star: the output is garbage."
 )
 BEST_NOTE = (
     "Each of minfer's rows against the fastest peer whose weights have as many bits, and against the fastest of all. Ratios are medians "

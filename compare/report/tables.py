@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from compare.machine import BUSY
 from compare.measure import PairedRatio, Spread, paired_ratio
-from compare.quality import GARBAGE
+from compare.quality import GARBAGE_AGREEMENT, GARBAGE_PERPLEXITY
 from compare.results import Contender, Results
 
 UNITS = {
@@ -131,8 +131,13 @@ def agreement_of(results: Results, label: str) -> float | None:
 
 
 def is_garbage(results: Results, label: str) -> bool:
+    """Whether its answers are too wrong for its speed to mean anything: by perplexity if it has one, else by agreement."""
+    perplexity = figure(results, label, "quality/perplexity")
+    if perplexity is not None:
+        known = [figure(results, other, "quality/perplexity") for other in results.contenders]
+        return perplexity > GARBAGE_PERPLEXITY * min(value for value in known if value is not None)
     agreement = agreement_of(results, label)
-    return agreement is not None and agreement < GARBAGE
+    return agreement is not None and agreement < GARBAGE_AGREEMENT
 
 
 def figure(results: Results, label: str, key: str) -> float | None:

@@ -49,7 +49,7 @@ def run() -> Results:
     speed = {"minfer/bf16": [100, 102, 101, 99, 100], "fast/int4": [200, 201, 199, 200, 202], "slow/bf16": [50, 51, 49, 50, 52]}
     for label, values in {**speed, "liar/int4": [900.0] * 5}.items():
         results.cells += cells(label, "latency/batch 1", "decode_tokens_per_s", [float(v) for v in values], bound=400.0)
-    for label, share in (("minfer/bf16", 0.99), ("fast/int4", 0.4), ("slow/bf16", 0.95), ("liar/int4", 0.01)):
+    for label, share in (("minfer/bf16", 0.99), ("fast/int4", 0.4), ("slow/bf16", 0.95), ("liar/int4", 0.004)):
         results.cells += cells(label, "quality/agreement", "agreement", [share])
     results.cells.append(Cell("slow/bf16", "throughput/offline", 0, "failed", "output_tokens_per_s", reason="crash: died"))
     results.cells += cells("minfer/bf16", "throughput/offline", "output_tokens_per_s", [300.0])
@@ -122,6 +122,18 @@ def test_garbage_is_flagged_and_more_than_the_machine_can_do_too(run: Results) -
     assert "measured wrong" in rows["liar/int4"].note
     assert not rows["fast/int4"].flagged
     assert "900*" in render_markdown(run)
+
+
+def test_perplexity_decides_what_is_garbage_where_it_is_known(run: Results) -> None:
+    """Four bits alter nearly every greedy continuation of a small model; that alone isn't garbage. And agreeing at first isn't health."""
+    for label, value in (("minfer/bf16", 20.0), ("liar/int4", 29.0), ("fast/int4", 31.0)):
+        run.cells += cells(label, "quality/perplexity", "perplexity", [value])
+    assert {label: tables.is_garbage(run, label) for label in ("minfer/bf16", "liar/int4", "fast/int4", "slow/bf16")} == {
+        "minfer/bf16": False,
+        "liar/int4": False,
+        "fast/int4": True,
+        "slow/bf16": False,
+    }
 
 
 def test_failures_stand_with_their_reasons(run: Results) -> None:
