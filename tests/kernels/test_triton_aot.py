@@ -28,7 +28,7 @@ def test_compiled_as_budgeted(target: str) -> None:
 
 
 def test_what_the_budgets_promise() -> None:
-    """Products use matrix instructions, and weights come 16 bytes at a time."""
+    """Products use matrix instructions, weights come 16 bytes at a time, and 4-bit codes are unpacked without permutations."""
     for label, by_target in BUDGET["kernels"].items():
         for target, report in by_target.items():
             assert report["spills"] == 0
@@ -36,6 +36,9 @@ def test_what_the_budgets_promise() -> None:
             assert bool(report["matrix"]) == dot or "512 rows" in label, (label, target)
             if target.startswith("cuda") and label not in ("attention, 64 sequences, smollm2, merge",):
                 assert "16" in report["loads"], (label, target)
+            if target.startswith("cuda") and "int4" in label:
+                assert report["permutes"] == 0, (label, target)
+                assert report["loop"] > 100 or "reduce" in label or "512 rows" in label, "its loop was not found"
 
 
 def test_the_page_is_made_from_the_budget() -> None:

@@ -20,22 +20,23 @@ from minfer.kernels.triton.act_mul import act_mul
 from minfer.kernels.triton.argmax import argmax
 from minfer.kernels.triton.attention import attention
 from minfer.kernels.triton.checks import FLOATS
+from minfer.kernels.triton.linear_codes import TritonCodesWeight
 from minfer.kernels.triton.linear_dense import TritonDenseWeight
-from minfer.kernels.triton.linear_grouped import TritonGroupedWeight
 from minfer.kernels.triton.rms_norm import rms_norm
 from minfer.kernels.triton.rotary import rotary
+from minfer.kernels.triton.targets import Target
 from minfer.kernels.triton.write_kv import write_kv
 from minfer.kvcache import LayerCache
 from minfer.quant import PackedWeight
 
 
 class TritonBackend(Backend):
-    """The kernels for one device. `processors`: how many the device has, which decides how finely small work is split."""
+    """The kernels for one device; `target` is what they need to know of it, where it isn't here to be asked."""
 
     name = "triton"
     kv_formats = ("fp32", "bf16", "fp16")
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, processors: int | None = None) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, target: Target | None = None) -> None:
         """Raises ConfigError for a device or type that the kernels can't run on."""
         if dtype not in FLOATS:
             raise ConfigError(f"backend triton computes in float32, bfloat16 or float16, not {dtype}")
@@ -44,7 +45,7 @@ class TritonBackend(Backend):
         if triton.knobs.runtime.interpret and dtype == torch.bfloat16:
             raise ConfigError("Triton's interpreter computes bfloat16 products wrongly; use --dtype float32 or float16 with it")
         self.device = device
-        self.processors = processors or _processors(device)
+        self.target = target or Target.of(device)
 
     rms_norm = staticmethod(rms_norm)
     rotary = staticmethod(rotary)
@@ -61,12 +62,12 @@ class TritonBackend(Backend):
         window: int | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        return attention(q, cache, batch, scale, window, softcap, processors=self.processors)
+        return attention(q, cache, batch, scale, window, softcap, processors=self.target.processors)
 
     def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
         if isinstance(weight, PackedWeight):
-            reason = TritonGroupedWeight.reason_against(weight)
-            return reason or TritonGroupedWeight(weight, dtype, self.device, self.processors)
+            reason = TritonCodesWeight.reason_against(weight)
+            return reason or TritonCodesWeight(weight, dtype, self.device, self.target)
         if weight.dtype != dtype:
             return f"a {weight.dtype} matrix can't multiply {dtype} activations; cast it first"
         return TritonDenseWeight(weight.to(self.device).contiguous())
@@ -74,9 +75,3 @@ class TritonBackend(Backend):
     def stack(self, parts: Sequence[Weight]) -> Weight:
         dense = [part.tensor for part in parts if isinstance(part, TritonDenseWeight)]
         return TritonDenseWeight(torch.cat(dense)) if len(dense) == len(parts) else StackedWeight(parts)
-
-
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4  # the interpreter runs programs one by one; any small number keeps the paths of a GPU
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

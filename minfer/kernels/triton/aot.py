@@ -34,6 +34,7 @@ from triton.runtime.jit import JITFunction
 
 from minfer.errors import ConfigError
 from minfer.kernels.triton import machine_code
+from minfer.kernels.triton.targets import Target
 
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),
@@ -114,15 +115,21 @@ def compile_launch(launch: Launch, target: str) -> Report:
 
 def compile_target(target: str, only: str) -> dict[str, Report]:
     """Every kernel of every case whose name contains `only`. The name of each is printed to stderr before it is compiled."""
-    from minfer.kernels.triton.aot_cases import CASES  # under the interpreter, there are no kernels to compile
+    from minfer.kernels.triton import TritonBackend  # under the interpreter, there are no kernels to compile
+    from minfer.kernels.triton.aot_cases import CASES, DTYPE, META
 
+    backend = TritonBackend(META, DTYPE, Target(processors=132, nvidia=target.startswith("cuda")))
     reports: dict[str, Report] = {}
+    seen: set[str] = set()
     for name, case in CASES.items():
         if only not in name:
             continue
         with launches_caught() as caught:
-            case()
+            case(backend)
         for launch in caught:
+            if repr(launch) in seen:
+                continue  # a second pass that another product's has been already
+            seen.add(repr(launch))
             label = name if len(caught) == 1 else f"{name}, {launch.function.fn.__name__.removesuffix('_kernel')}"
             print(label, file=sys.stderr, flush=True)
             reports[label] = compile_launch(launch, target)

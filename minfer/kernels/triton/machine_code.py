@@ -1,4 +1,4 @@
-"""What can be read from a compiled kernel: registers, spills, matrix instructions, widths of loads.
+"""What can be read from a compiled kernel: registers, spills, matrix instructions, widths of loads, the length of its loop.
 
 NVIDIA: the cubin is disassembled by the cuobjdump that triton's wheel brings along; SASS is what runs (PTX is not: ptxas decides on
 registers, fuses, and moves bytes about). AMD: the assembly of the compiler and the metadata at its end.
@@ -30,8 +30,8 @@ def of_cubin(cubin: bytes) -> dict[str, Any]:
         width = re.search(r"\.(U8|S8|U16|S16|64|128)\b", modifiers)
         loads[{"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}[width.group(1)] if width else 4] += 1
     matrix = {f"{kind}{rest}" for kind, rest in re.findall(r"\b(HMMA|HGMMA|IMMA|IGMMA|QGMMA)((?:\.[\w]+)*)", sass)}
-    permutes = len(re.findall(r"\bPRMT\b", sass))
-    return _report(registers, stack + local, matrix, loads) | {"permutes": permutes}
+    loop = _longest_loop(_sass_instructions(sass))
+    return _report(registers, stack + local, matrix, loads, len(loop)) | {"permutes": sum("PRMT" in text for text in loop)}
 
 
 def of_amdgcn(assembly: str) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def of_amdgcn(assembly: str) -> dict[str, Any]:
     for width in re.findall(r"\b(?:global|buffer)_load_(\w+)", assembly):
         loads[_AMD_WIDTHS.get(width.removesuffix("_lds"), 4)] += 1
     matrix = set(re.findall(r"\bv_mfma_\w+", assembly))
-    return _report(registers, 4 * (vector_spills + scalar_spills), matrix, loads)
+    return _report(registers, 4 * (vector_spills + scalar_spills), matrix, loads, len(_longest_loop(_amd_instructions(assembly))))
 
 
 _AMD_WIDTHS = {
@@ -50,9 +50,38 @@ _AMD_WIDTHS = {
 }  # fmt: skip
 
 
-def _report(registers: int, spills: int, matrix: set[str], loads: Counter[int]) -> dict[str, Any]:
-    """loads: bytes -> how many instructions load that much a thread."""
+def _sass_instructions(sass: str) -> list[tuple[str, int | None]]:
+    """Text of each instruction, and for one that jumps the number of the instruction it jumps to."""
+    found = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;/]+);", sass)]
+    number = {at: n for n, (at, _) in enumerate(found)}
+    jumps = [re.search(r"\bBRA\b.*0x([0-9a-f]+)", text) for _, text in found]
+    return [(text, number.get(int(jump.group(1), 16)) if jump else None) for (_, text), jump in zip(found, jumps, strict=True)]
+
+
+def _amd_instructions(assembly: str) -> list[tuple[str, int | None]]:
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in assembly.splitlines():
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label.group(1)] = len(instructions)
+        elif re.match(r"\s+[a-z]+_\w+", line):
+            instructions.append(line.strip())
+    jumps = [re.match(r"s_c?branch\w*\s+(\.LBB\w+)", text) for text in instructions]
+    return [(text, labels.get(jump.group(1)) if jump else None) for text, jump in zip(instructions, jumps, strict=True)]
+
+
+def _longest_loop(instructions: list[tuple[str, int | None]]) -> list[str]:
+    """The longest stretch that a jump backwards closes and that has no other inside: where a kernel spends its time. None: empty."""
+    loops = [(to, at) for at, (_, to) in enumerate(instructions) if to is not None and to < at]
+    innermost = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
+    first, last = max(innermost, key=lambda ends: ends[1] - ends[0], default=(0, -1))
+    return [text for text, _ in instructions[first : last + 1]]
+
+
+def _report(registers: int, spills: int, matrix: set[str], loads: Counter[int], loop: int) -> dict[str, Any]:
+    """loads: bytes -> how many instructions load that much a thread. loop: instructions in the longest innermost loop."""
     return {
+        "loop": loop,
         "registers": registers,
         "spills": spills,
         "matrix": sorted(matrix),
