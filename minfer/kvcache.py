@@ -10,13 +10,17 @@ tokens, so that what one head reads of a block is contiguous. Which block belong
 The type of the stored elements names the format (`KVFormat`): a float type stores the numbers, an 8-bit type codes, and uint8
 two 4-bit codes in a byte, so that width is head_dim / 2. A row of head_dim numbers is quantised by itself:
 
-    k[d] = scale * code[d]      fp8 and int8
-    k = H (scale * code)        int4: H is the Walsh-Hadamard matrix over sqrt(n), its own inverse
+    k[d] = scale * code[d]      int8
+    k = H (scale * code)        fp8 and int4: H is the Walsh-Hadamard matrix over sqrt(n), its own inverse
 
 with one scale, so a kernel folds it into the score after q . code, and into the probability before p . code. What a token's
 row is depends on that token alone: a prompt cut into other chunks, or found in the prefix cache, has the same bytes. That
 rules out scales per channel (KIVI, Liu 2024), which need to see many tokens; rotating with H (QuaRot, Ashkboos 2024) spreads
-the outlying channels that they are for, and what is rotated needs no undoing in K when q is rotated too.
+the outlying channels that they are for, and what is rotated needs no undoing in K when q is rotated too. int8's step is so fine
+that it needs neither.
+
+Between two powers of two an 8-bit float's steps are equal, so it is twice as exact below a power than above. Which of a
+row's numbers fall where depends on the scale: fp8 tries eight, and keeps the one with the smallest squared error.
 
 The memory is taken from the system once and never initialised: a slot is always written before it is read, and untouched
 pages cost no resident memory on a CPU.
@@ -48,6 +52,7 @@ class KVFormat:
     limit: float | None = None
     packed: bool = False  # two codes in one element
     rotated: bool = False
+    searched: bool = False  # the scale is the best of several
 
     @property
     def scaled(self) -> bool:
@@ -72,8 +77,8 @@ FORMATS = {
         KVFormat("fp32", torch.float32),
         KVFormat("bf16", torch.bfloat16),
         KVFormat("fp16", torch.float16),
-        KVFormat("fp8", torch.float8_e4m3fn, limit=448.0),
-        KVFormat("fp8_e5m2", torch.float8_e5m2, limit=57344.0),
+        KVFormat("fp8", torch.float8_e4m3fn, limit=448.0, rotated=True, searched=True),
+        KVFormat("fp8_e5m2", torch.float8_e5m2, limit=57344.0, rotated=True, searched=True),
         KVFormat("int8", torch.int8, limit=127.0),
         KVFormat("int4", torch.uint8, limit=8.0, packed=True, rotated=True),
     )

@@ -7,6 +7,8 @@ import torch
 
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0, torch.uint8: 8.0}
 QUANTISED = list(LIMITS)
+ROTATED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8)
+SEARCHED = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def float8_values(dtype: torch.dtype) -> np.ndarray:
@@ -45,4 +47,4 @@ def rows_of(stored: torch.Tensor, scales: torch.Tensor) -> np.ndarray:
     """Stored elements and scales -> K or V, [..., D] float64."""
     with np.errstate(invalid="ignore"):  # what was never written may be anything
         numbers = codes_of(stored) * scales.double().numpy()[..., None]
-    return numbers @ walsh_hadamard(numbers.shape[-1]) if stored.dtype == torch.uint8 else numbers
+    return numbers @ walsh_hadamard(numbers.shape[-1]) if stored.dtype in ROTATED else numbers

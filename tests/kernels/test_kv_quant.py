@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from kernels.batches import make_batch
-from kernels.kv_oracle import LIMITS, QUANTISED, codes_of, float8_values, rows_of, walsh_hadamard
+from kernels.kv_oracle import LIMITS, QUANTISED, ROTATED, SEARCHED, codes_of, float8_values, rows_of, walsh_hadamard
 
 from minfer.config import ModelConfig
 from minfer.errors import ConfigError
@@ -36,9 +36,10 @@ def test_codes_are_the_nearest(dtype: torch.dtype, dim: int) -> None:
     rows, limit = rows_with_outliers(50, dim), LIMITS[dtype]
     codes, scales = quantize(rows, format_of(dtype))
     assert codes.shape[-1] == format_of(dtype).width(dim)
-    exact = rows.double().numpy() @ walsh_hadamard(dim) if dtype == torch.uint8 else rows.double().numpy()
+    exact = rows.double().numpy() @ walsh_hadamard(dim) if dtype in ROTATED else rows.double().numpy()
     scale, top = scales.double().numpy(), np.abs(exact).max(-1)
-    np.testing.assert_allclose(np.abs(scale), top / limit, rtol=2**-8)  # bfloat16
+    candidates = (8 + np.arange(8)) / 8 if dtype in SEARCHED else np.ones(1)
+    np.testing.assert_array_less(np.abs(np.abs(scale)[:, None] / (top / limit)[:, None] - candidates).min(-1), 2**-7)  # bfloat16
     wanted, got = exact / scale[:, None], codes_of(codes)
     levels = np.arange(-8, 8) if dtype == torch.uint8 else np.arange(-127, 128) if dtype == torch.int8 else float8_values(dtype)
     levels = np.sort(levels[np.isfinite(levels)]).astype(np.float64)
@@ -59,6 +60,21 @@ def test_dequantised_rows(dtype: torch.dtype, dim: int) -> None:
     step = {torch.uint8: 1 / 7, torch.int8: 1 / 127, torch.float8_e4m3fn: 1 / 14, torch.float8_e5m2: 1 / 7}[dtype]
     error = np.linalg.norm(expected - rows.numpy(), axis=-1) / (np.abs(rows.numpy()).max(-1) * np.sqrt(dim))
     assert (error < step).all()
+
+
+@pytest.mark.parametrize("dtype", SEARCHED)
+def test_the_scale_of_an_8_bit_float_is_the_best_of_eight(dtype: torch.dtype) -> None:
+    rows = rows_with_outliers(200, 64)
+    exact, values = rows.double().numpy() @ walsh_hadamard(64), float8_values(dtype)
+    values = np.sort(values[np.isfinite(values)])
+    errors = []
+    for factor in (8 + np.arange(8)) / 8:
+        scale = torch.from_numpy(np.abs(exact).max(-1) / LIMITS[dtype] * factor).float().bfloat16().double().numpy()[:, None]
+        at = np.clip(np.searchsorted((values[1:] + values[:-1]) / 2, exact / scale), 0, len(values) - 1)
+        errors.append(((values[at] * scale - exact) ** 2).sum(-1))
+    got = ((rows_of(*quantize(rows, format_of(dtype))) - rows.double().numpy()) ** 2).sum(-1)
+    np.testing.assert_allclose(got, np.min(errors, axis=0), rtol=1e-3)
+    assert got.sum() < 0.9 * errors[0].sum()
 
 
 @pytest.mark.parametrize("dtype", QUANTISED)

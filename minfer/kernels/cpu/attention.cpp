@@ -92,7 +92,7 @@ struct Attention {
       width /= coding.planes;
     }
   }
-  bool rotated() const { return kCoded && coding.planes == 2; }
+  bool rotated() const { return kCoded && coding.rotated; }
 
   // Keys of one tile as the products want them.
   struct Tile {

@@ -165,6 +165,7 @@ void decode_keys(const uint8_t* const* rows, int64_t count, int64_t dim, Word* o
 struct Coding {
   using Decode = void (*)(const uint8_t* const* rows, int64_t count, int64_t dim, Word* out, int64_t stride);
   int64_t planes;
+  bool rotated;
   float unit;
   Decode rows, keys;
 
@@ -173,7 +174,7 @@ struct Coding {
     Coding coding{};
     with_codes(dtype, [&](auto codes) {
       using Codes = decltype(codes);
-      coding = {Codes::kPlanes, Codes::kUnit, &decode_rows<Words, Codes>, &decode_keys<Words, Codes>};
+      coding = {Codes::kPlanes, Codes::kRotated, Codes::kUnit, &decode_rows<Words, Codes>, &decode_keys<Words, Codes>};
     });
     return coding;
   }

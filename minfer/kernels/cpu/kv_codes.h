@@ -45,9 +45,12 @@ inline IntVec nearest(Vec v) { return bit_cast<IntVec>(v + broadcast(12582912.0f
 inline Vec clamp(Vec v, float low, float high) { return min(max(v, broadcast(low)), broadcast(high)); }
 
 // ---- the formats: kPlanes vectors of numbers lie in a vector of bytes; plane n holds the n-th part of the channels ----
+// kRotated: rows are multiplied by a Hadamard matrix first. kScales: how many scales are tried for a row.
 
 struct Int8Codes {
   static constexpr int kPlanes = 1;
+  static constexpr bool kRotated = false;
+  static constexpr int kScales = 1;
   static constexpr float kUnit = 1.0f;
   static void load(const uint8_t* p, Vec* planes) {
     planes[0] = to_floats(bit_cast<IntVec>(load_bytes(p) << 24) >> 24);
@@ -58,6 +61,8 @@ struct Int8Codes {
 
 struct Int4Codes {
   static constexpr int kPlanes = 2;
+  static constexpr bool kRotated = true;
+  static constexpr int kScales = 1;
   static constexpr float kUnit = 1.0f;
   static void load(const uint8_t* p, Vec* planes) {
     const IntVec bytes = bit_cast<IntVec>(load_bytes(p));
@@ -94,6 +99,8 @@ inline Vec halves_to_floats(UintVec bits) {
 
 struct E4m3Codes {
   static constexpr int kPlanes = 1;
+  static constexpr bool kRotated = true;
+  static constexpr int kScales = 8;
   static constexpr float kUnit = 256.0f;
   static void load(const uint8_t* p, Vec* planes) {  // the same fields in float16, whose exponent has a bias 8 higher
     const UintVec bytes = load_bytes(p);
@@ -105,6 +112,8 @@ struct E4m3Codes {
 
 struct E5m2Codes {
   static constexpr int kPlanes = 1;
+  static constexpr bool kRotated = true;
+  static constexpr int kScales = 8;
   static constexpr float kUnit = 1.0f;
   static void load(const uint8_t* p, Vec* planes) { planes[0] = halves_to_floats(load_bytes(p) << 8); }
   static constexpr float kLimit = 57344.0f;

@@ -1,7 +1,7 @@
 // write_kv: a step's keys and values into their slots, converted to the cache's type or quantised row by row.
 //
 // Which code a number gets is defined in kernels/reference/kv_quant.py, and is the same here to the bit: one maximum, one
-// division a number, and sums of the rotation in one order. A row depends on nothing else, so a token has the same bytes
+// division a number, and sums of the rotation and of errors in one order. A row depends on nothing else, so a token has the same bytes
 // whatever step brought it.
 #include <cfloat>
 #include <cmath>
@@ -68,10 +68,43 @@ uint16_t rounded_scale(float scale) {
   return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
+// The codes of x[dim] under a scale, and the scale as it is kept.
+template <class Codes>
+uint16_t encode(const float* x, int64_t dim, float wanted, uint8_t* codes) {
+  const uint16_t stored = rounded_scale(wanted);
+  const Vec scale = broadcast(bit_cast<float>(static_cast<uint32_t>(stored) << 16));
+  for (int64_t i = 0; i < dim; i += kLanes) {
+    store_bytes(codes + i, Codes::encode((stored & 0x7fffu) == 0 ? Vec{} : load(x + i) / scale));
+  }
+  return stored;
+}
+
+// The sum of squared errors of x[dim]: the upper half of the numbers added to the lower until one is left.
+template <class Codes>
+float squared_error(const float* x, int64_t dim, const uint8_t* codes, uint16_t stored) {
+  alignas(64) float squares[kMaxHeadDim + kLanes];
+  const Vec scale = broadcast(bit_cast<float>(static_cast<uint32_t>(stored) << 16) * Codes::kUnit);
+  int64_t width = 1;
+  while (width < dim) width *= 2;
+  for (int64_t i = 0; i < width; i += kLanes) {
+    Vec value{};
+    if (i < dim) Codes::load(codes + i, &value);
+    const Vec difference = i < dim ? value * scale - load(x + i) : Vec{};
+    store(squares + i, difference * difference);
+  }
+  while (width > 1) {
+    width /= 2;
+    int64_t i = 0;
+    for (; i + kLanes <= width; i += kLanes) store(squares + i, load(squares + i) + load(squares + width + i));
+    for (; i < width; ++i) squares[i] += squares[width + i];
+  }
+  return squares[0];
+}
+
 // x[dim], padded with zeros to whole vectors, is used up.
 template <class Codes>
 uint16_t quantise(float* x, int64_t dim, uint8_t* out) {
-  if (Codes::kPlanes == 2) hadamard(x, dim);
+  if (Codes::kRotated) hadamard(x, dim);
   float top = outermost(x, dim);
   if (Codes::kPlanes == 2) {  // the sign that gives the outermost number, the first among equals, the code -8
     for (int64_t i = 0; i < dim; ++i) {
@@ -81,11 +114,21 @@ uint16_t quantise(float* x, int64_t dim, uint8_t* out) {
       }
     }
   }
-  const uint16_t stored = rounded_scale(top / Codes::kLimit);
-  const Vec scale = broadcast(bit_cast<float>(static_cast<uint32_t>(stored) << 16));
   uint8_t codes[kMaxHeadDim + kLanes];
-  for (int64_t i = 0; i < dim; i += kLanes) {
-    store_bytes(codes + i, Codes::encode((stored & 0x7fffu) == 0 ? Vec{} : load(x + i) / scale));
+  uint16_t stored = encode<Codes>(x, dim, top / Codes::kLimit, codes);
+  if constexpr (Codes::kScales > 1) {
+    float best = squared_error<Codes>(x, dim, codes, stored);
+    uint8_t others[kMaxHeadDim + kLanes];
+    for (int n = 1; n < Codes::kScales; ++n) {
+      const float wanted = top / Codes::kLimit * (static_cast<float>(Codes::kScales + n) / Codes::kScales);
+      const uint16_t other = encode<Codes>(x, dim, wanted, others);
+      const float error = squared_error<Codes>(x, dim, others, other);
+      if (error < best) {
+        best = error;
+        stored = other;
+        std::memcpy(codes, others, dim);
+      }
+    }
   }
   if (Codes::kPlanes == 1) {
     std::memcpy(out, codes, dim);
