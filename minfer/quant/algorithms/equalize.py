@@ -4,7 +4,8 @@ y = W x = (W diag(s)) (diag(1/s) x) for any s > 0: the same function before roun
 because it is folded into whatever makes them: the norm's weight, or the rows of the matrix before.
 
     AWQ          s > 1 where inputs are large: their weights take more of the grid. Searched over s = mean|x|^r, and that divided by
-                 mean|w|^(1 - r), for the smallest error of the output.
+                 mean|w|^(1 - r), ten exponents r each, for the smallest error of the output. One number is looked for, so some inputs
+                 and some outputs are enough to find it: a search over all of them takes most of the time there is.
     SmoothQuant  s_j = max|x_j|^alpha / max|w_j|^(1 - alpha): outliers of the inputs go into the weights, so both fit 8 bits.
 
 AWQ's second step, clipping, is round_to_nearest's search for scales with the products of the inputs as importance.
@@ -17,7 +18,8 @@ import torch
 from minfer.quant.algorithms.round_to_nearest import round_to_nearest
 from minfer.quant.packed import QuantScheme
 
-STEPS = 20
+STEPS = 10
+OUTPUTS = 512  # that candidates are judged by, at most
 SMALLEST = 1e-4
 
 
@@ -31,7 +33,8 @@ def awq_scales(
     queries share the matrix that s is folded into).
     """
     w_mean = weight.abs().mean(0)
-    best = _output_error(weight, torch.ones_like(mean_abs), probe, scheme)
+    some = weight[torch.linspace(0, len(weight) - 1, min(OUTPUTS, len(weight))).long()]
+    best = _output_error(some, torch.ones_like(mean_abs), probe, scheme)
     chosen = torch.ones_like(mean_abs)
     for step in range(1, STEPS + 1):
         ratio = step / STEPS
@@ -39,7 +42,7 @@ def awq_scales(
         for scales in (power, power / (w_mean.pow(1 - ratio) + SMALLEST)):
             scales = shared(scales.clamp(min=SMALLEST), share, repeat)
             scales = scales / (scales.max() * scales.min()).sqrt()
-            error = _output_error(weight, scales, probe, scheme)
+            error = _output_error(some, scales, probe, scheme)
             if error < best:
                 best, chosen = error, scales
     return chosen

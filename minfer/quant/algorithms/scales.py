@@ -6,6 +6,13 @@ errors by what they do to the layer's output: the mean square of each input, or 
 inputs, with which errors that cancel count less (AWQ's search for clipping is this). Scales are rounded to the type
 that files keep them in before anything is measured, so the codes are right for the scale that will be used.
 
+Where nothing is known of the inputs, each error counts with the square of its weight. The plain squared error would clip more than is
+good: rounding errs to both sides and mostly cancels in a sum, but a clipped weight is always too small, layer after layer. On
+SmolLM2 in groups of 64 the plain search cuts the error of nf4 by 8% and raises its perplexity by 12%; this one does neither.
+
+Symmetric integers reach further down than up: -8 to 7. The scale gets the sign that puts the outermost weight on the far end
+(llama.cpp's Q4_0 does the same), an eighth of the step for nothing. At 8 bits there is nothing to gain, and scales stay positive.
+
     float   float16 (float32 under fp8, where a scale per tensor or channel costs nothing)
     e8m0    powers of two; the formats' own rule (OCP MX 1.0, 6.3) never rounds up, the search tries the next one as well
     e4m3    E4M3 times one power of two for the matrix, so that what a file stores can be told from the product
@@ -41,6 +48,9 @@ class ScaleSearch:
         self.grid = grid_of(scheme.element, scheme.symmetric)
         # The MX rule aligns the largest weight's power of two with the largest value's, so that its scale is a power of two as well.
         self._top = 2.0 ** math.floor(math.log2(self.grid.high)) if scheme.scale_type == "e8m0" else self.grid.high
+        self._signed = self.grid.is_integer and scheme.symmetric and scheme.scale_type == "float" and scheme.element != "int8"
+        if self._signed:
+            self._top = -self.grid.low
         self._common = common_factor(matrix_max / self.grid.high)
         self._shrinks = _shrinks(scheme, self.grid) if search else [1.0]
 
@@ -71,7 +81,8 @@ class ScaleSearch:
 
     def _candidate(self, low: torch.Tensor, high: torch.Tensor, shrink: float) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.scheme.symmetric:
-            return self._round(torch.maximum(-low, high) * (shrink / self._top)), None
+            scale = self._round(torch.maximum(-low, high) * (shrink / self._top))
+            return torch.where(high > -low, -scale, scale) if self._signed else scale, None
         low, high = low.clamp(max=0) * shrink, high.clamp(min=0) * shrink
         scale = self._round((high - low) / (self.grid.high - self.grid.low))
         # Never the lowest code: GPTQ's first file version stores zero - 1, and what -1 becomes there depends on the reader.
@@ -99,7 +110,7 @@ class ScaleSearch:
             rounded -= zero[..., None]
         error = rounded.sub_(x)
         if importance is None:
-            error.square_()
+            error.mul_(groups).square_()
         elif importance.dim() == 2:
             error.square_().mul_(importance)
         else:  # e H e^T, one product a group
