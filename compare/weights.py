@@ -227,13 +227,12 @@ def _write_word_tokenizer(folder: Path, size: int) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.Fuse()
     tokenizer.save(str(folder / "tokenizer.json"))
-    _write_tokenizer_config(folder, "<s>", "</s>", None)
+    _write_tokenizer_config(folder, "<s>", "</s>", {"unk_token": "<unk>"})
 
 
-def _write_tokenizer_config(folder: Path, bos: str, eos: str, template: str | None) -> None:
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "unk_token": "<unk>"}
-    if template:
-        config["chat_template"] = template
+def _write_tokenizer_config(folder: Path, bos: str, eos: str, more: dict[str, str]) -> None:
+    """A token that is named here and is none of the vocabulary's would get an id beyond it, as transformers reads this file."""
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, **more}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
@@ -330,4 +329,5 @@ def _write_bpe_tokenizer(folder: Path, meta: dict[str, Any]) -> None:
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
     tokenizer.save(str(folder / "tokenizer.json"))
     bos, eos = (tokens[meta[f"tokenizer.ggml.{name}_token_id"]] for name in ("bos", "eos"))
-    _write_tokenizer_config(folder, bos, eos, meta.get("tokenizer.chat_template"))
+    template = meta.get("tokenizer.chat_template")
+    _write_tokenizer_config(folder, bos, eos, {"chat_template": template} if template else {})
