@@ -20,7 +20,7 @@ KVCacheDType = Literal["auto", "fp32", "bf16", "fp16", "fp8", "fp8_e5m2", "int8"
 Device = Literal["auto", "cpu", "cuda"]
 Quant = Literal["auto", "none", "awq", "gptq", "fp8", "int8", "int4", "nf4", "mxfp4", "smoothquant"]
 Activations = Literal["auto", "int8", "none"]
-PolicyName = Literal["fcfs", "priority"]
+PolicyName = Literal["fcfs", "priority", "fair"]
 Speculative = Literal["none", "ngram", "draft"]
 
 
@@ -63,7 +63,9 @@ class EngineConfig:
     max_num_batched_tokens: int = option(2048, "Token budget of one step, shared by prompts and running sequences.")
     max_prefill_chunk: int | None = option(None, "Most prompt tokens one sequence may take from a step (default: the whole budget).")
     prefix_caching: bool = option(True, "Keep the KV of finished prompts and reuse it for requests that begin the same way.")
-    policy: PolicyName = option("fcfs", "Order of admission and preemption: fcfs, or priority (lower runs first).")
+    policy: PolicyName = option(
+        "fcfs", "Order of admission and preemption: fcfs, priority (lower runs first), or fair (API keys take turns, by tokens)."
+    )
     speculative: Speculative = option(
         "none",
         "Guess tokens ahead and check them in one step: ngram copies what followed the same words earlier, draft asks a smaller model.",

@@ -20,6 +20,8 @@ MAX_STOP = 16
 MAX_N = 128
 MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORDS = 256
+MAX_STOP_TOKEN_IDS = 1024
+MAX_WORD = 4096  # characters of a stop string or a bad word: each is looked for at every token
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +118,10 @@ class SamplingParams:
             words = getattr(self, name)
             if len(words) > limit:
                 self._fail(name, f"may hold at most {limit} strings")
-            if not all(isinstance(word, str) and word for word in words):
-                self._fail(name, "must hold non-empty strings")
+            if not all(isinstance(word, str) and 0 < len(word) <= MAX_WORD for word in words):
+                self._fail(name, f"must hold strings of 1 to {MAX_WORD} characters")
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            self._fail("stop_token_ids", f"may hold at most {MAX_STOP_TOKEN_IDS} ids")
         if not all(_is_int(token) and token >= 0 for token in self.stop_token_ids):
             self._fail("stop_token_ids", "must hold token ids, integers from 0")
         if self.logit_bias is not None:

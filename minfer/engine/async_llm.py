@@ -3,6 +3,10 @@
 The engine runs in a thread of its own: a step takes milliseconds to seconds, and an event loop that waited for it could not
 even accept a connection. Callers put commands (add, abort) into the thread's inbox; after each step the thread hands all new
 outputs to the event loop in one call. With nothing to do the thread sleeps on its inbox and uses no CPU.
+
+The thread can end (a step failed) or fail to come back from a step (a driver that hangs). Python can't end a thread, but it
+can stop waiting for one: `busy_seconds` tells how long the thread has been at what it does, and `abandon` fails everybody
+who waits for it, from any other thread.
 """
 
 from __future__ import annotations
@@ -51,8 +55,11 @@ class AsyncLLM:
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}  # touched by the engine's thread only
         self._stopping = False
-        self._door = threading.Lock()  # a command is either in the inbox before it closes, or refused
-        self._closed = False
+        # Under the door: a reader is either told of the end, or refused at the entrance.
+        self._door = threading.Lock()
+        self._readers: set[_Stream] = set()
+        self._end: EngineDeadError | None = None
+        self._busy_since: float | None = None  # None while the thread waits for work
         self._thread = threading.Thread(target=self._work, name="minfer-engine", daemon=True)
         self._thread.start()
 
@@ -70,8 +77,19 @@ class AsyncLLM:
 
     @property
     def is_running(self) -> bool:
-        """False once the engine has died or been shut down."""
-        return not self._closed and not self._stopping
+        """False once the engine has died, been shut down or been abandoned."""
+        return self._end is None and not self._stopping and self._thread.is_alive()
+
+    @property
+    def end(self) -> EngineDeadError | None:
+        """What everybody was told when the engine ended; None while it lives."""
+        return self._end
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long the thread has been in its present step (or command); 0 while it waits for work."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
 
     async def generate(
         self,
@@ -80,10 +98,13 @@ class AsyncLLM:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        tenant: str = "",
         cache_salt: Hashable = None,
         kind: OutputKind = "cumulative",
     ) -> AsyncIterator[RequestOutput]:
         """Yields the request's outputs as they come. Leaving the loop early, or being cancelled, aborts the request.
+
+        `priority` counts with the policy "priority", `tenant` (on whose account the request runs) with "fair".
 
         Raises RequestError if the request can't be run, EngineDeadError if the engine fails or has failed.
         """
@@ -95,11 +116,10 @@ class AsyncLLM:
         stream = _Stream(asyncio.get_running_loop())
 
         def add() -> None:
-            self.engine.add_tokens(
-                request_id, text, ids, sampling_params, priority=priority, cache_salt=cache_salt, kind=kind, arrived=arrived
-            )
+            order: dict[str, Any] = {"priority": priority, "tenant": tenant, "arrived": arrived}
+            self.engine.add_tokens(request_id, text, ids, sampling_params, cache_salt=cache_salt, kind=kind, **order)
 
-        self._send(lambda: self._admit(request_id, stream, add))
+        self._send(lambda: self._admit(request_id, stream, add), stream)
         finished = False
         try:
             while not finished:
@@ -110,6 +130,8 @@ class AsyncLLM:
                 finished = item.finished
                 yield item
         finally:
+            with self._door:
+                self._readers.discard(stream)
             if not finished and self.is_running:
                 self._inbox.put(lambda: self._abort(request_id, stream))
 
@@ -132,35 +154,52 @@ class AsyncLLM:
             raise took_too_long() from error
         return dataclasses.replace(params, grammar=grammar)
 
-    def shutdown(self) -> None:
-        """Stops the thread after the step it is in; requests in flight get an EngineDeadError. Idempotent."""
+    def shutdown(self, seconds: float | None = None) -> None:
+        """Stops the thread after the step it is in; requests in flight get an EngineDeadError. Idempotent.
+
+        Waits for the thread, `seconds` at most: one that hangs in a step never ends.
+        """
         if not self._stopping:
             self._stopping = True
             self._inbox.put(lambda: None)
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(seconds)
 
-    def _send(self, command: _Command) -> None:
+    def abandon(self, reason: str) -> None:
+        """Fails everybody who waits and refuses whoever comes later, without waiting for the step that doesn't end."""
+        logger.critical("%s", reason)
+        self._close(EngineDeadError(reason))
+
+    def _send(self, command: _Command, reader: _Stream | None = None) -> None:
         with self._door:
-            if self._closed:
-                raise EngineDeadError("the engine is not running any more; restart the server")
+            if self._end is not None:
+                raise EngineDeadError(f"the engine is not running any more ({self._end}); restart the server")
+            if reader is not None:
+                self._readers.add(reader)
             self._inbox.put(command)
 
     def _work(self) -> None:
         try:
-            while not self._stopping:
+            while not self._stopping and self._end is None:
                 self._obey(block=not self.engine.has_unfinished_requests)
                 if self.engine.has_unfinished_requests and not self._stopping:
+                    self._busy_since = time.monotonic()
                     self._deliver(self.engine.step())
             self._fail_everyone(EngineDeadError("the engine was shut down"))
-        except Exception as error:
+        except BaseException as error:  # also what ends a thread without being an error: nobody may wait for ever
             logger.exception("the engine stopped")
-            self._fail_everyone(error if isinstance(error, EngineDeadError) else EngineDeadError(f"the engine stopped: {error}"))
+            text = str(error) or type(error).__name__
+            self._fail_everyone(error if isinstance(error, EngineDeadError) else EngineDeadError(f"the engine stopped: {text}"))
+        finally:
+            self._busy_since = None
 
     def _obey(self, block: bool) -> None:
         """Carries out the waiting commands; waits for one if there is nothing else to do."""
+        if block:
+            self._busy_since = None
         try:
             command = self._inbox.get(block)
+            self._busy_since = time.monotonic()
             while True:
                 command()
                 command = self._inbox.get_nowait()
@@ -170,7 +209,8 @@ class AsyncLLM:
     def _admit(self, request_id: str, stream: _Stream, add: Callable[[], None]) -> None:
         try:
             add()
-        except MinferError as error:
+        except Exception as error:  # also a bug that this request has found: it must not be everybody's
+            self.engine.abort([request_id] if not isinstance(error, MinferError) else [])
             self._put({stream: [error]})
         else:
             self._streams[request_id] = stream
@@ -191,14 +231,19 @@ class AsyncLLM:
         self._put(news)
 
     def _fail_everyone(self, error: EngineDeadError) -> None:
-        """Every reader gets the error, also those whose request was still in the inbox."""
-        with self._door:
-            self._closed = True
-        self._obey(block=False)
-        self.engine.fail_all()
-        news: dict[_Stream, list[RequestOutput | Exception]] = {stream: [error] for stream in self._streams.values()}
+        """The end as the engine's own thread brings it: its blocks are released before anybody is told."""
         self._streams.clear()
-        self._put(news)
+        try:
+            self.engine.fail_all()
+        finally:
+            self._close(error)
+
+    def _close(self, error: EngineDeadError) -> None:
+        """Every reader gets the error, also those whose request is still in the inbox; the first error is the one that counts."""
+        with self._door:
+            self._end = self._end or error
+            readers, self._readers = self._readers, set()
+        self._put({stream: [error] for stream in readers})
 
     def _put(self, news: dict[_Stream, list[RequestOutput | Exception]]) -> None:
         loops: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput | Exception]]] = {}

@@ -66,12 +66,13 @@ class Engine:
         params: SamplingParams,
         *,
         priority: int = 0,
+        tenant: str = "",
         cache_salt: Hashable = None,
         kind: OutputKind = "cumulative",
     ) -> None:
         """Queues a request. Raises RequestError if it can't be run; nothing has been admitted then."""
         text, ids = self.inputs.tokenize(prompt)
-        self.add_tokens(request_id, text, ids, params, priority=priority, cache_salt=cache_salt, kind=kind)
+        self.add_tokens(request_id, text, ids, params, priority=priority, tenant=tenant, cache_salt=cache_salt, kind=kind)
 
     def add_tokens(
         self,
@@ -81,6 +82,7 @@ class Engine:
         params: SamplingParams,
         *,
         priority: int = 0,
+        tenant: str = "",
         cache_salt: Hashable = None,
         kind: OutputKind = "cumulative",
         arrived: float | None = None,
@@ -93,7 +95,7 @@ class Engine:
             raise EngineDeadError(f"the engine stopped after an error: {self._death}") from self._death
         if request_id in self.outputs:
             raise RequestError(f"a request with the id {request_id!r} is already running; ids must be unique", param="request_id")
-        requests = self.inputs.requests(request_id, ids, params, priority=priority, cache_key=cache_salt)
+        requests = self.inputs.requests(request_id, ids, params, priority=priority, tenant=tenant, cache_key=cache_salt)
         since = time.monotonic() if arrived is None else arrived
         self.outputs.add(request_id, text, requests, kind, since)
         for request in requests:
@@ -117,7 +119,7 @@ class Engine:
             outputs = self.outputs.process(done, started, self.core.scheduler.finish)
         except Exception as error:
             self._death = error
-            raise EngineDeadError(f"a step of the engine failed with {type(error).__name__}: {error}") from error
+            raise EngineDeadError(f"a step of the engine failed: {_why(error)}") from error
         if done.plan.scheduled:
             now = time.monotonic()
             self.watchers.tell(lambda watcher: watcher.stepped(done, started, now))
@@ -140,6 +142,13 @@ class Engine:
         ended = self.outputs.take_ended()
         if ended:
             self.watchers.tell(lambda watcher: watcher.ended(ended, at))
+
+
+def _why(error: Exception) -> str:
+    # torch raises its own OutOfMemoryError on GPUs, and a plain RuntimeError where the machine's memory ends.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        return f"there was no memory left ({type(error).__name__}); lower --max-num-batched-tokens or --kv-cache-memory, and restart"
+    return f"{type(error).__name__}: {error}"
 
 
 def load_tokenizer(config: EngineConfig, loaded: LoadedModel) -> Tokenizer | None:

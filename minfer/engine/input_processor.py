@@ -62,7 +62,7 @@ class InputProcessor:
         return text, ids
 
     def requests(
-        self, request_id: str, ids: list[int], params: SamplingParams, *, priority: int = 0, cache_key: Hashable = None
+        self, request_id: str, ids: list[int], params: SamplingParams, *, priority: int = 0, tenant: str = "", cache_key: Hashable = None
     ) -> list[Request]:
         """The `n` sequences of one request. Siblings fork from the first one, which alone scores the prompt."""
         self._check_params(params)
@@ -86,6 +86,7 @@ class InputProcessor:
                     eos_token_ids=self.eos_token_ids,
                     arrival=next(self._arrivals),
                     priority=priority,
+                    tenant=tenant,
                     cache_key=cache_key,
                     fork_of=requests[0] if requests else None,
                 )

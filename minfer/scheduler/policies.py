@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from minfer.config import PolicyName
 from minfer.errors import ConfigError
@@ -17,6 +18,16 @@ class Policy(ABC):
     def displaces(self, waiting: Request, running: Request) -> bool:
         """Whether a waiting request may push out a running one when there is no room for both."""
         return False
+
+    # What happens to requests, for policies that keep accounts. `key` must not change while a request waits or runs.
+    def arrived(self, request: Request) -> None:  # noqa: B027  most policies need no accounts
+        """The request is new, and about to be queued for the first time."""
+
+    def admitted(self, request: Request) -> None:  # noqa: B027
+        """It leaves the queue, for the first time or after a preemption."""
+
+    def ended(self, request: Request) -> None:  # noqa: B027
+        """It is over, in whatever way; its tokens are final."""
 
 
 class FirstComeFirstServed(Policy):
@@ -39,7 +50,51 @@ class Priority(Policy):
         return waiting.priority < running.priority
 
 
-_POLICIES: dict[str, type[Policy]] = {"fcfs": FirstComeFirstServed, "priority": Priority}
+@dataclass
+class _Account:
+    next_turn: int = 0  # where this tenant's next request stands, if it has not been idle
+    owed: int = 0  # tokens used beyond those charged for; negative: charged and not used
+    usual_output: int = 64  # tokens, a moving average
+
+
+class FairShare(Policy):
+    """Tenants take turns by tokens, so one that floods the queue waits behind itself. Within a tenant, by arrival.
+
+    Start-time fair queueing (Goyal, Vin, Cheng 1996): a request's turn begins where its tenant's previous one ends, or now,
+    where "now" is the turn that was admitted last; the smallest goes first. A turn is as long as the request is expected to
+    use tokens: its prompt, without what the prefix cache had, and its tenant's usual output. What it used in the end is
+    settled with the next one. Turns don't change once they are given, so a queue of them stays sorted.
+    """
+
+    def __init__(self) -> None:
+        self._now = 0
+        self._accounts: dict[str, _Account] = {}
+
+    def key(self, request: Request) -> tuple[int, ...]:
+        return (request.turn, request.arrival)
+
+    def arrived(self, request: Request) -> None:
+        account = self._accounts.setdefault(request.tenant, _Account())
+        expected = request.num_prompt_tokens + min(account.usual_output, request.max_total_tokens - request.num_prompt_tokens)
+        due = expected + account.owed
+        request.turn = max(self._now, account.next_turn)
+        request.charged = expected
+        account.next_turn = request.turn + max(due, 0)
+        account.owed = min(due, 0)
+
+    def admitted(self, request: Request) -> None:
+        self._now = max(self._now, request.turn)
+
+    def ended(self, request: Request) -> None:
+        account = self._accounts[request.tenant]
+        output = len(request.output_token_ids)
+        used = request.num_tokens - request.num_cached_tokens if output else 0
+        account.owed += used - request.charged
+        if output:
+            account.usual_output += (output - account.usual_output) // 8
+
+
+_POLICIES: dict[str, type[Policy]] = {"fcfs": FirstComeFirstServed, "priority": Priority, "fair": FairShare}
 
 
 def create_policy(name: PolicyName) -> Policy:

@@ -42,6 +42,9 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()
     arrival: int = 0
     priority: int = 0
+    tenant: str = ""  # on whose account it runs
+    turn: int = 0  # its place in a fair order, and the tokens it was charged for; the policy's notes
+    charged: int = 0
     cache_key: Hashable = None  # what besides the tokens changes the KV: adapter, salt
     fork_of: Request | None = None  # a sibling with the same prompt, whose blocks may be shared once they are computed
 

@@ -114,6 +114,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a request. It must be able to fit the pool on its own; the engine validates that before."""
+        self.policy.arrived(request)
         self._enqueue(request)
 
     def schedule(self) -> SchedulerOutput:
@@ -171,6 +172,7 @@ class Scheduler:
         request.finish_reason = reason
         request.stop_reason = stop_reason
         request.fork_of = None
+        self.policy.ended(request)
 
     def check_integrity(self) -> None:
         """Asserts every invariant of the block accounting. Cheap enough to run after each step of a test."""
@@ -249,6 +251,7 @@ class Scheduler:
                 postponed.append(entry)
                 break
             self._count_admission(request)
+            self.policy.admitted(request)
             self._num_waiting -= 1
             request.status = RequestStatus.RUNNING
             bisect.insort(self.running, request, key=self.policy.key)

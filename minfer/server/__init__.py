@@ -2,7 +2,10 @@
 
 options.py      ServerOptions: what a user can set, from which the flags are made
 run.py          serve(): socket, loading in the background, signals, draining; startup.py: the first screen
-app.py          create_app(): the routes; middleware.py: request ids, API key, body size; errors.py: OpenAI's error bodies
+sockets.py      the listening socket, connections on which nothing happens, TLS
+app.py          create_app(): the routes; errors.py: OpenAI's error bodies
+front.py        what a request passes before them: middleware.py (ids, API key, sizes), keys.py, origins.py (browsers),
+                admission.py (the queue, the rate of a key)
 slot.py         ModelSlot: where the model is, or will be
 protocol.py     request bodies; structured.py: the form of the output in its many spellings
 job.py          a checked request; generation.py: a job in the engine, its outputs and usage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -10,14 +11,16 @@ from starlette.responses import JSONResponse, Response
 
 import minfer
 from minfer.engine.async_llm import AsyncLLM
+from minfer.server.admission import ANYONE
 from minfer.server.chat import chat_answer, chat_events
 from minfer.server.completions import completion_answer, completion_events
 from minfer.server.connection import ClientGone, while_connected
 from minfer.server.errors import install_handlers
+from minfer.server.front import add_front
 from minfer.server.generation import Generation
 from minfer.server.job import Job, chat_job, completion_job
+from minfer.server.keys import ApiKeys, load_keys
 from minfer.server.metrics import add_metrics_route
-from minfer.server.middleware import ApiKey, BodyLimit, RequestId
 from minfer.server.options import ServerOptions
 from minfer.server.protocol import ChatCompletionRequest, CompletionRequest, UnknownFields
 from minfer.server.slot import ModelSlot
@@ -29,16 +32,13 @@ logger = logging.getLogger("minfer.server")
 CLIENT_CLOSED_REQUEST = 499  # nginx's number, for the log: nobody is there to read it
 
 
-def create_app(model: ModelSlot | AsyncLLM, options: ServerOptions) -> FastAPI:
-    """The ASGI application, for a running engine or for a slot that will get one."""
+def create_app(model: ModelSlot | AsyncLLM, options: ServerOptions, keys: ApiKeys | None = None) -> FastAPI:
+    """The ASGI application, for a running engine or for a slot that will get one. `keys` are those of the options, if left out."""
     slot = model if isinstance(model, ModelSlot) else ModelSlot(model.config.model, options, model)
     # No /docs: FastAPI's page loads its scripts from other hosts.
     app = FastAPI(title="minfer", version=minfer.__version__, docs_url=None, redoc_url=None)
     install_handlers(app)
-    app.add_middleware(BodyLimit, limit=options.max_body_bytes)
-    if options.api_key is not None:
-        app.add_middleware(ApiKey, key=options.api_key)
-    app.add_middleware(RequestId)  # added last, so outermost
+    app.state.admission = add_front(app, slot, options, load_keys(options) if keys is None else keys)
     _add_model_routes(app, slot)
     add_tokenizer_routes(app, slot)
     add_metrics_route(app, slot, options.metrics_compat)
@@ -50,8 +50,7 @@ def _add_model_routes(app: FastAPI, slot: ModelSlot) -> None:
     @app.get("/ping")  # Amazon SageMaker's name for it
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        slot.require()
-        return {"status": "ok"}
+        return slot.health()
 
     @app.get("/version")
     async def version() -> dict[str, Any]:
@@ -73,10 +72,10 @@ def _add_generation_routes(app: FastAPI, slot: ModelSlot, options: ServerOptions
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         async def respond() -> Response:
-            job = await chat_job(llm, body, options)
+            job = _admitted(request, await chat_job(llm, body, options))
             generation, head = Generation(slot, job), _head(slot, job)
             if body.stream:
-                return await open_stream(chat_events(generation, body, head), options.ping_seconds)
+                return await open_stream(chat_events(generation, body, head), options)
             return JSONResponse(await chat_answer(generation, body, head))
 
         llm = slot.require()
@@ -87,10 +86,10 @@ def _add_generation_routes(app: FastAPI, slot: ModelSlot, options: ServerOptions
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         async def respond() -> Response:
-            job = await completion_job(llm, body, options)
+            job = _admitted(request, await completion_job(llm, body, options))
             generation, head = Generation(slot, job), _head(slot, job)
             if body.stream:
-                return await open_stream(completion_events(generation, body, head), options.ping_seconds)
+                return await open_stream(completion_events(generation, body, head), options)
             return JSONResponse(await completion_answer(generation, body, head))
 
         llm = slot.require()
@@ -105,6 +104,14 @@ async def _answer(request: Request, work: Any) -> Response:
     except ClientGone:
         logger.info("%s %s: the client left before the answer", request.state.request_id, request.url.path)
         return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+def _admitted(request: Request, job: Job) -> Job:
+    """The job of the key that sent it, with all of its sequences counted in the queue."""
+    state = request.scope["state"]
+    if state.get("ticket") is not None:
+        state["ticket"].grow(len(job.prompts) * job.params.n)
+    return replace(job, tenant=state.get("key", ANYONE))
 
 
 def _head(slot: ModelSlot, job: Job) -> dict[str, Any]:

@@ -77,7 +77,8 @@ class Generation:
         prompt = {"prompt_token_ids": job.prompts[index].ids}
         self.slot.running.add(request_id)
         try:
-            stream: Any = self.llm.generate(prompt, job.params, request_id, priority=job.priority, cache_salt=job.cache_salt, kind=kind)
+            order: dict[str, Any] = {"priority": job.priority, "tenant": job.tenant}
+            stream: Any = self.llm.generate(prompt, job.params, request_id, cache_salt=job.cache_salt, kind=kind, **order)
             async with aclosing(stream):
                 async for output in stream:
                     yield output

@@ -41,6 +41,7 @@ class Job:
     params: SamplingParams
     priority: int = 0
     cache_salt: str | None = None
+    tenant: str = ""  # the name of the key that sent it
     score_only: bool = False  # max_tokens=0: the engine makes one token, and nobody sees it
     tools: Tools | None = None
     created: int = field(default_factory=lambda: int(time.time()))
@@ -49,6 +50,9 @@ class Job:
 async def chat_job(llm: AsyncLLM, request: ChatCompletionRequest, options: ServerOptions) -> Job:
     """Raises RequestError, for the messages as for anything else."""
     request.check()
+    if len(request.messages) > options.max_messages:
+        message = f"this chat has {len(request.messages)} messages, and the limit is {options.max_messages}; leave out old ones"
+        raise RequestError(message, param="messages")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     tools = read_tools(request.tools, request.tool_choice, request.parallel_tool_calls, llm.tokenizer)
     call = tools.grammar(llm.tokenizer) if tools is not None and llm.tokenizer is not None else None
@@ -107,7 +111,7 @@ def _job(
     _check_work(llm.engine.inputs.max_model_len, prompts, params, options)
     if request.priority and llm.config.policy != "priority":
         raise RequestError("priority needs a server that was started with --policy priority", param="priority")
-    return Job(f"{prefix}-{uuid.uuid4().hex}", prompts, params, request.priority or 0, request.cache_salt, score_only)
+    return Job(f"{prefix}-{uuid.uuid4().hex}", prompts, params, request.priority or 0, request.cache_salt, score_only=score_only)
 
 
 def _apply_template(llm: AsyncLLM, request: ChatCompletionRequest, tools: Tools | None) -> TokenizedPrompt:

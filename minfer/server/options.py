@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -18,33 +19,60 @@ class ServerOptions:
 
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 lets other machines in, so set --api-key too.")
     port: int = option(8000, "Port to listen on; 0 takes a free one.")
-    # Not through option(): the key must not appear where the options are printed.
-    api_key: str | None = field(default=None, repr=False, metadata={"help": "Key that clients must send (all routes but /health)."})
+    # Not through option(): a key must not appear where the options are printed.
+    api_key: Sequence[str] = field(
+        default=(),
+        repr=False,
+        metadata={"help": "Key that clients must send (all routes but /health). May be repeated; MINFER_API_KEY=KEY,KEY adds more."},
+    )
+    api_key_file: str | None = option(None, "File with such keys, one a line.")
+    tls_cert: str | None = option(None, "Certificate chain (PEM) to serve HTTPS with; needs --tls-key.")
+    tls_key: str | None = option(None, "Private key (PEM) of that certificate.")
+    allowed_host: Sequence[str] = option((), "Further name that the Host header may hold. May be repeated; * allows any.")
+    cors_origin: Sequence[str] = option((), "Origin whose pages may use this server from a browser. May be repeated; * allows any.")
     served_model_name: str | None = option(None, "Name that clients use for the model (default: the model argument as given).")
     any_model_name: bool = option(False, "Answer requests for any model name with this model, instead of 404.")
     max_body_bytes: int = option(8 << 20, "Largest request body (suffixes K, M, G).", bytes=True)
     max_request_tokens: int = option(262144, "Most tokens that one request may generate: prompts x n x max_tokens.")
     max_request_sequences: int = option(1024, "Most sequences that one request may start: prompts x n.")
+    max_messages: int = option(4096, "Most messages in one chat.")
+    max_queue: int = option(1024, "Sequences that may wait beside those that run; who comes then gets 429 and when to try again.")
+    requests_per_minute: int | None = option(None, "Most requests a minute of each API key (of all clients together where there is none).")
+    read_seconds: float = option(60.0, "How long a client may take to send its request, or not to read its answer, before it is cut off.")
     drain_seconds: float = option(30.0, "How long running requests may go on after SIGTERM or Ctrl-C.")
+    watchdog_seconds: float = option(
+        300.0,
+        "Longest that one step may take before the server fails its requests and exits, for a supervisor to restart it (0: no limit).",
+    )
     metrics_compat: MetricsCompat = option("minfer", "Prefix of the names in /metrics; vllm makes boards and tools made for vLLM work.")
     ping_seconds: float = option(15.0, "Silence on a stream after which a comment is sent, so that proxies keep it open.")
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be from 0 to 65535, not {self.port!r}")
-        if self.api_key is not None and not (self.api_key and self.api_key.isascii() and self.api_key.isprintable()):
+        for name in ("api_key", "allowed_host", "cors_origin"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
+        if not all(key and key.isascii() and key.isprintable() for key in self.api_key):
             raise ConfigError("api_key must be a non-empty string of printable ASCII characters")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("tls_cert and tls_key need each other: give both, or neither")
         if self.served_model_name == "":
             raise ConfigError("served_model_name must not be empty")
         if self.metrics_compat not in get_args(MetricsCompat):
             raise ConfigError(f"metrics_compat must be one of {', '.join(get_args(MetricsCompat))}, not {self.metrics_compat!r}")
-        for name in ("max_body_bytes", "max_request_tokens", "max_request_sequences"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)!r}")
-        if not 0 <= self.drain_seconds < 86400:
-            raise ConfigError(f"drain_seconds must be from 0 to 86400, not {self.drain_seconds!r}")
-        if not 0 < self.ping_seconds < 86400:
-            raise ConfigError(f"ping_seconds must be above 0 and below 86400, not {self.ping_seconds!r}")
+        for name in ("max_body_bytes", "max_request_tokens", "max_request_sequences", "max_messages", "requests_per_minute"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value!r}")
+        if self.max_queue < 0:
+            raise ConfigError(f"max_queue must be at least 0, not {self.max_queue!r}")
+        for name in ("drain_seconds", "watchdog_seconds"):
+            if not 0 <= getattr(self, name) < 86400:
+                raise ConfigError(f"{name} must be from 0 to 86400, not {getattr(self, name)!r}")
+        for name in ("ping_seconds", "read_seconds"):
+            if not 0 < getattr(self, name) < 86400:
+                raise ConfigError(f"{name} must be above 0 and below 86400, not {getattr(self, name)!r}")
 
     @property
     def is_private(self) -> bool:

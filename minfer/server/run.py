@@ -3,14 +3,14 @@
     bind ── accept (503: loading) ── load in a thread ── serve ── signal ── stop accepting, drain ── exit 0
 
 The port is bound first, so that a wrong address costs no loading time. On SIGTERM or SIGINT running requests may finish
-for `drain_seconds`; then they are ended with an error that says why. A second Ctrl-C doesn't wait. If the engine dies the
-server goes too, with an error: a supervisor can restart a process that is gone, not one that answers 503 for ever.
+for `drain_seconds`; then they are ended with an error that says why. A second Ctrl-C doesn't wait. If the engine dies, or
+doesn't come back from a step for `watchdog_seconds`, the server goes too, with an error: a supervisor can restart a process
+that is gone, not one that answers 503 for ever.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import signal
 import socket
@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import uvicorn
@@ -26,10 +26,12 @@ import uvicorn
 from minfer.config import EngineConfig
 from minfer.engine.async_llm import AsyncLLM
 from minfer.engine.engine import Engine
-from minfer.errors import ConfigError, EngineDeadError
+from minfer.errors import EngineDeadError
 from minfer.server.app import create_app
+from minfer.server.keys import ApiKeys, load_keys
 from minfer.server.options import ServerOptions
 from minfer.server.slot import ModelSlot
+from minfer.server.sockets import bind, protocol, tls_settings
 from minfer.server.startup import base_url, exposure_warning, first_screen
 
 logger = logging.getLogger("minfer.server")
@@ -42,9 +44,12 @@ LAST_WORDS_SECONDS = 5.0  # for errors to reach clients, after draining or after
 def run_server(config: EngineConfig, options: ServerOptions) -> None:
     """See `minfer.server.serve`."""
     slot = ModelSlot(config.model, options)
+    keys = load_keys(options)
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(slot, options),
+            create_app(slot, options, keys),
+            **tls_settings(options),
+            http=protocol(options),
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -55,17 +60,17 @@ def run_server(config: EngineConfig, options: ServerOptions) -> None:
             timeout_graceful_shutdown=int(options.drain_seconds + LAST_WORDS_SECONDS) + 1,
         )
     )
-    with _signals_end(server), _bind(options) as listener:
+    with _signals_end(server), bind(options) as listener:
         port = listener.getsockname()[1]
         _say(f"minfer: loading {config.model}; {base_url(options, port)} answers 503 until it is ready")
-        warning = exposure_warning(options)
+        warning = exposure_warning(options, keys)
         if warning:
             _say(warning)
         # A daemon: a signal while it loads must not wait for it.
         threading.Thread(target=_load, args=(slot, config), name="minfer-load", daemon=True).start()
-        asyncio.run(_serve(server, listener, slot, options, port))
+        asyncio.run(_serve(server, listener, slot, options, keys, port))
     if slot.llm is not None:
-        slot.llm.shutdown()
+        slot.llm.shutdown((options.watchdog_seconds or None) if slot.error is None else LAST_WORDS_SECONDS)
     if slot.error is not None:
         raise slot.error
 
@@ -77,14 +82,14 @@ def _load(slot: ModelSlot, config: EngineConfig) -> None:
         slot.fail(error)
 
 
-async def _serve(server: Any, listener: socket.socket, slot: ModelSlot, options: ServerOptions, port: int) -> None:
-    watch = asyncio.create_task(_watch(server, slot, options, port))
+async def _serve(server: Any, listener: socket.socket, slot: ModelSlot, options: ServerOptions, keys: ApiKeys, port: int) -> None:
+    watch = asyncio.create_task(_watch(server, slot, options, keys, port))
     await server.serve(sockets=[listener])
     watch.cancel()
     await asyncio.gather(watch, return_exceptions=True)
 
 
-async def _watch(server: Any, slot: ModelSlot, options: ServerOptions, port: int) -> None:
+async def _watch(server: Any, slot: ModelSlot, options: ServerOptions, keys: ApiKeys, port: int) -> None:
     """Announces the model when it is there, ends the server when that failed or the engine died, and limits the draining."""
     announced = False
     while not server.should_exit:
@@ -93,11 +98,13 @@ async def _watch(server: Any, slot: ModelSlot, options: ServerOptions, port: int
             server.should_exit = True
         elif llm is not None and not announced:
             announced = True
-            _say(first_screen(slot, llm, options, port))
+            _say(first_screen(slot, llm, options, keys, port))
         elif llm is not None and not llm.is_running:
-            slot.fail(EngineDeadError("the engine stopped after an error; restart the server"))
+            slot.fail(EngineDeadError(f"the engine stopped after an error, so the server stops too: {llm.end}"))
             await asyncio.sleep(LAST_WORDS_SECONDS)
             server.should_exit = True
+        elif llm is not None and slot.stalled is not None:
+            llm.abandon(slot.stalled)
         await asyncio.sleep(WATCH_SECONDS)
     if slot.running:
         logger.info("draining: %d requests have %g s to finish", len(slot.running), options.drain_seconds)
@@ -107,28 +114,6 @@ async def _watch(server: Any, slot: ModelSlot, options: ServerOptions, port: int
     while True:  # also those that were only being tokenised at the deadline
         await slot.abort_all()
         await asyncio.sleep(WATCH_SECONDS)
-
-
-def _bind(options: ServerOptions) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError(f"host {options.host!r} is not an address of this machine: {error.strerror}") from error
-    try:
-        if sys.platform != "win32":  # there it would let two servers share the port
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(2048)
-    except (OSError, OverflowError) as error:
-        listener.close()
-        where = f"port {options.port} on {options.host}"
-        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-            raise ConfigError(f"{where} is in use; stop the program that has it, or choose another --port") from error
-        raise ConfigError(f"{where} can't be used: {error}") from error
-    return listener
 
 
 @contextmanager
@@ -151,5 +136,6 @@ def _signals_end(server: Any) -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    """To stderr: stdout belongs to whoever pipes it."""
-    print(text, file=sys.stderr, flush=True)
+    """To stderr: stdout belongs to whoever pipes it. A disk that is full, or a terminal that is gone, is no reason not to serve."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

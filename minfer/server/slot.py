@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 from minfer.engine.async_llm import AsyncLLM
 from minfer.errors import EngineDeadError
@@ -29,6 +30,7 @@ class ModelSlot:
         self.running: set[str] = set()  # the engine's ids of the requests in flight, for the end of draining
         self.error: Exception | None = None
         self._llm = llm
+        self._stall_seconds = options.watchdog_seconds
         self._started = time.monotonic()
 
     def enter_phase(self, name: str) -> None:
@@ -52,8 +54,32 @@ class ModelSlot:
             message = f"the server is {self.phase}, {seconds:.0f} s so far; try again shortly"
             raise ApiError(503, message, code="model_loading", headers={"retry-after": "1"})
         if not self._llm.is_running:
-            raise ApiError(503, "the engine is not running any more; restart the server", code="engine_dead")
+            why = f" ({self._llm.end})" if self._llm.end is not None else ""
+            raise ApiError(503, f"the engine is not running any more{why}; restart the server", code="engine_dead")
         return self._llm
+
+    @property
+    def stalled(self) -> str | None:
+        """What to say of an engine that has been in one step for longer than any step may take; None while it gets on."""
+        seconds = 0.0 if self._llm is None else self._llm.busy_seconds
+        if not self._stall_seconds or seconds <= self._stall_seconds:
+            return None
+        return f"a step of the engine has not ended for {seconds:.0f} s (the limit is --watchdog-seconds {self._stall_seconds:g})"
+
+    def health(self) -> dict[str, Any]:
+        """Facts about an engine that works; raises the 503 of one that doesn't."""
+        llm = self.require()
+        if self.stalled is not None:
+            raise ApiError(503, self.stalled, code="engine_stalled")
+        scheduler = llm.engine.core.scheduler
+        return {
+            "status": "ok",
+            "model": self.name,
+            "uptime_seconds": round(time.monotonic() - self._started, 1),
+            "step_seconds": round(llm.busy_seconds, 3),  # 0: idle
+            "running": len(scheduler.running),
+            "waiting": scheduler.num_waiting,
+        }
 
     def check_name(self, name: str | None) -> None:
         """A request may leave the model out; one that names another model is told so, rather than answered by this one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from minfer.engine.async_llm import AsyncLLM
 from minfer.runner.load import describe_kv_cache
+from minfer.server.keys import ApiKeys
 from minfer.server.options import ServerOptions
 from minfer.server.slot import ModelSlot
 
@@ -11,25 +12,26 @@ from minfer.server.slot import ModelSlot
 def base_url(options: ServerOptions, port: int) -> str:
     """The address to give a client on this machine: a wildcard is no address."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "http" if options.tls_cert is None else "https"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def exposure_warning(options: ServerOptions) -> str | None:
-    if options.is_private or options.api_key is not None:
+def exposure_warning(options: ServerOptions, keys: ApiKeys) -> str | None:
+    if options.is_private or keys:
         return None
     return f"WARNING: anyone who can reach {options.host} can use this server; set --api-key, or --host 127.0.0.1"
 
 
-def first_screen(slot: ModelSlot, llm: AsyncLLM, options: ServerOptions, port: int) -> str:
+def first_screen(slot: ModelSlot, llm: AsyncLLM, options: ServerOptions, keys: ApiKeys, port: int) -> str:
     url, engine = base_url(options, port), llm.engine
     loaded = engine.core.loaded
     max_len, block_size = engine.inputs.max_model_len, llm.config.block_size
     fits = loaded.cache.num_blocks // -(-max_len // block_size)
-    auth = "" if options.api_key is None else " -H 'authorization: Bearer YOUR_KEY'"
+    auth = " -H 'authorization: Bearer YOUR_KEY'" if keys else ""
     phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in loaded.phases.seconds.items())
     body = f'{{"model": "{slot.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-    key = "needed on all routes but /health" if options.api_key is not None else "none"
-    warning = exposure_warning(options)
+    key = f"one of {len(keys)} is needed, on all routes but /health" if keys else "none"
+    warning = exposure_warning(options, keys)
     lines = [
         f"minfer serves {slot.name} at {url}/v1",
         f"  loaded    {phases}; {sum(loaded.phases.seconds.values()):.2f} s in all",

@@ -34,7 +34,9 @@ class FakeEngine:
         self.drafts: Callable[[list[int]], list[int]] = lambda tokens: []  # what to guess after these tokens
         self.computed_per_step: list[dict[str, int]] = []
 
-    def add(self, prompt: list[int], max_tokens: int, *, n: int = 1, priority: int = 0, salt: object = None) -> list[Request]:
+    def add(
+        self, prompt: list[int], max_tokens: int, *, n: int = 1, priority: int = 0, tenant: str = "", salt: object = None
+    ) -> list[Request]:
         siblings: list[Request] = []
         for index in range(n):
             request = Request(
@@ -45,6 +47,7 @@ class FakeEngine:
                 seed=index,
                 arrival=len(self.requests),
                 priority=priority,
+                tenant=tenant,
                 cache_key=salt,
                 fork_of=siblings[0] if siblings else None,
             )

@@ -9,7 +9,7 @@ from fake_model import FakeEngine, expected_output
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minfer.scheduler import RequestStatus
+from minfer.scheduler import Request, RequestStatus
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -235,7 +235,7 @@ actions = st.lists(
     budget=st.integers(8, 40),
     seats=st.integers(1, 8),
     chunk=st.one_of(st.none(), st.integers(1, 10)),
-    policy=st.sampled_from(["fcfs", "priority"]),
+    policy=st.sampled_from(["fcfs", "priority", "fair"]),
     prefix_caching=st.booleans(),
     right=st.sampled_from([None, 0, 2, 9]),
 )
@@ -270,7 +270,9 @@ def test_any_sequence_of_add_step_abort_keeps_every_invariant(
     for action in script:
         if action[0] == "add":
             _, length, max_tokens, n, priority, family = action
-            engine.add(prompt_of(length, family), max_tokens, n=n, priority=priority, salt="s" if family == 2 else None)  # type: ignore[arg-type]
+            engine.add(
+                prompt_of(length, family), max_tokens, n=n, priority=priority, tenant=str(priority), salt="s" if family == 2 else None
+            )  # type: ignore[arg-type]
         elif action[0] == "step":
             for _ in range(action[1]):  # type: ignore[call-overload]
                 engine.step()
@@ -328,3 +330,60 @@ def test_drafts_end_where_the_request_ends() -> None:
     engine.run()
     assert len(request.output_token_ids) == 6
     assert [step["r0"] for step in engine.computed_per_step] == [7, 5]
+
+
+def test_fair_tenants_take_turns_by_tokens() -> None:
+    """A flood of one tenant comes first; the other's few requests don't wait behind it."""
+    engine = FakeEngine(num_blocks=64, policy="fair", max_num_seqs=1)
+    flood = [engine.add([1] * 8, 4, tenant="flood")[0] for _ in range(10)]
+    few = [engine.add([2] * 8, 4, tenant="few")[0] for _ in range(3)]
+    order = finishing_order(engine)
+    assert [order.index(r) for r in few] == [1, 3, 5]
+    assert [r for r in order if r in flood] == flood, "within a tenant, by arrival"
+
+
+def test_fair_counts_tokens_and_not_requests() -> None:
+    engine = FakeEngine(num_blocks=64, policy="fair", max_num_seqs=1)
+    for n in range(6):
+        engine.add([1 + n] * 36, 4, tenant="long")
+        engine.add([1 + n] * 6, 4, tenant="short")
+    order = finishing_order(engine)
+    assert [r.tenant for r in order[:6]].count("short") >= 4
+
+
+def test_fair_settles_what_was_used() -> None:
+    """Outputs aren't known in advance; over time each tenant has got the same tokens all the same."""
+    engine = FakeEngine(num_blocks=256, policy="fair", max_num_seqs=1, prefix_caching=False)
+    for n in range(120):
+        engine.add([n % 50] * 4, 4, tenant="brief")
+    for n in range(20):
+        engine.add([n % 50] * 4, 60, tenant="verbose")
+    used = {"brief": 0, "verbose": 0}
+    while used["verbose"] < 400:
+        assert engine.step()
+        used = {tenant: sum(r.num_tokens for r in engine.requests if r.tenant == tenant and r.output_token_ids) for tenant in used}
+    assert 0.7 < used["brief"] / used["verbose"] < 1.4
+
+
+def test_fair_lets_nobody_save_up_turns() -> None:
+    """Who was silent for long comes next, and then takes turns; it has no credit for its silence."""
+    engine = FakeEngine(num_blocks=64, policy="fair", max_num_seqs=1)
+    engine.add([3] * 8, 4, tenant="late")
+    for _ in range(20):
+        engine.add([1] * 8, 4, tenant="busy")
+    for _ in range(60):
+        engine.step()
+    already = sum(r.finished for r in engine.requests)
+    for _ in range(5):
+        engine.add([2] * 8, 4, tenant="late")
+    order = [r.tenant for r in finishing_order(engine)][:6]
+    assert already > 8
+    assert order.count("late") <= 4
+
+
+def finishing_order(engine: FakeEngine) -> list[Request]:
+    order: list[Request] = []
+    while engine.step():
+        order += [r for r in engine.requests if r.finished and r not in order]
+    order += [r for r in engine.requests if r.finished and r not in order]
+    return order

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from http_helpers import load, running, wait_until_free
+from server_process import Process
 
 from minfer import AsyncLLM
 
@@ -37,6 +39,21 @@ def own_llm(tiny_llama: Path) -> Iterator[AsyncLLM]:
     llm = load(tiny_llama)
     yield llm
     llm.shutdown()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Process]]:
+    """Starts servers in processes of their own, and leaves none behind."""
+    started: list[Process] = []
+
+    def run(*arguments: Any, **options: Any) -> Process:
+        started.append(Process(*arguments, **options))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.process.kill()
+        process.process.wait()
 
 
 @pytest.fixture(autouse=True)

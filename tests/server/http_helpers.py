@@ -19,6 +19,7 @@ from minfer.engine.engine import Engine
 from minfer.server import ServerOptions
 from minfer.server.app import create_app
 from minfer.server.slot import ModelSlot
+from minfer.server.sockets import protocol
 
 NAME = "tiny"
 
@@ -34,7 +35,8 @@ def running(model: AsyncLLM | ModelSlot, **options: Any) -> Iterator[httpx.Clien
     settings = ServerOptions(port=0, **{"served_model_name": NAME, **options})
     slot = model if isinstance(model, ModelSlot) else ModelSlot(model.config.model, settings, model)
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(slot, settings), log_config=None, lifespan="off", timeout_graceful_shutdown=5)
+    app = create_app(slot, settings)
+    config = uvicorn.Config(app, http=protocol(settings), log_config=None, lifespan="off", timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
@@ -46,6 +48,7 @@ def running(model: AsyncLLM | ModelSlot, **options: Any) -> Iterator[httpx.Clien
         thread.join(20)
     assert not thread.is_alive(), "the server did not stop"
     assert not slot.running, "requests that ended are still on the list"
+    assert app.state.admission.in_flight == 0, "requests that ended still hold places in the queue"
 
 
 def wait_until_free(llm: AsyncLLM, seconds: float = 5.0) -> None:

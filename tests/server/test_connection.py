@@ -95,7 +95,7 @@ def test_a_connection_cut_without_goodbye(serve: Any, own_llm: AsyncLLM) -> None
         url = client.base_url
         raw = socket.create_connection((url.host, url.port))
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")  # close() sends a reset
-        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n")
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n")
         raw.sendall(b"content-length: %d\r\n\r\n" % len(body) + body)
         wait_until_busy(own_llm)
         raw.close()

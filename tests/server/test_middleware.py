@@ -10,6 +10,7 @@ import pytest
 from minfer import AsyncLLM
 from minfer.config import ConfigError
 from minfer.server import ServerOptions
+from minfer.server.keys import ApiKeys
 from minfer.server.startup import exposure_warning
 
 COMPLETE = "/v1/completions"
@@ -73,8 +74,8 @@ def test_options_are_checked_and_the_key_is_not_printed() -> None:
 
 
 def test_warning_when_others_can_connect() -> None:
-    assert exposure_warning(ServerOptions()) is None
-    assert exposure_warning(ServerOptions(host="::1")) is None
-    assert exposure_warning(ServerOptions(host="0.0.0.0", api_key="k")) is None
+    assert exposure_warning(ServerOptions(), ApiKeys([])) is None
+    assert exposure_warning(ServerOptions(host="::1"), ApiKeys([])) is None
+    assert exposure_warning(ServerOptions(host="0.0.0.0"), ApiKeys(["k"])) is None
     for host in ("0.0.0.0", "::", "192.168.0.2", "example.org"):
-        assert "WARNING" in str(exposure_warning(ServerOptions(host=host)))
+        assert "WARNING" in str(exposure_warning(ServerOptions(host=host), ApiKeys([])))

@@ -3,101 +3,25 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
+from server_process import Process
 
 COMPLETE = "/v1/completions"
-PROGRAM = """
-import logging, sys, time
-from minfer.config import EngineConfig
-from minfer.errors import MinferError
-from minfer.server import ServerOptions, serve
-from minfer.engine.engine import Engine
-from minfer.engine.async_llm import AsyncLLM
-
-model, load_seconds, step_seconds, options = sys.argv[1], float(sys.argv[2]), float(sys.argv[3]), eval(sys.argv[4])
-from_config, step = Engine.from_config, Engine.step
-def slow_load(config, on_phase):
-    on_phase("read weights")
-    time.sleep(load_seconds)
-    return from_config(config, on_phase)
-def slow_step(self):
-    time.sleep(step_seconds)
-    if len(sys.argv) > 5:
-        self.core.step = None
-    return step(self)
-Engine.from_config, Engine.step = slow_load, slow_step
-logging.basicConfig(level=logging.INFO)
-try:
-    serve(EngineConfig(model=model, dtype="float32", device="cpu", threads=1, kv_cache_memory=1 << 20), ServerOptions(**options))
-except MinferError as error:
-    print("FAILED", error, file=sys.stderr)
-    sys.exit(3)
-"""
 
 
-class Process:
-    def __init__(self, model: Path | str, load_seconds: float = 0, step_seconds: float = 0, broken: bool = False, **options: Any) -> None:
-        options = {"port": 0, "served_model_name": "tiny", **options}
-        self.lines: list[str] = []
-        arguments = [str(model), str(load_seconds), str(step_seconds), repr(options), *(["broken"] if broken else [])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
-        )
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line)
-
-    @property
-    def log(self) -> str:
-        return "".join(self.lines)
-
-    def wait_for(self, pattern: str, seconds: float = 60) -> str:
-        deadline = time.monotonic() + seconds
-        while True:
-            match = re.search(pattern, self.log)
-            if match:
-                return match[match.lastindex or 0]
-            assert time.monotonic() < deadline, f"no {pattern!r} in:\n{self.log}"
-            assert self.process.poll() is None or self.reader.is_alive(), self.log
-            time.sleep(0.02)
-
-    def end(self, signal_number: int = signal.SIGTERM, seconds: float = 30) -> int:
-        if self.process.poll() is None:
-            self.process.send_signal(signal_number)
-        code = self.process.wait(seconds)
-        self.reader.join(5)
-        return code
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[..., Process]]:
-    started: list[Process] = []
-
-    def run(*arguments: Any, **options: Any) -> Process:
-        started.append(Process(*arguments, **options))
-        return started[-1]
-
-    yield run
-    for process in started:
-        process.process.kill()
-        process.process.wait()
+def wait_for_running(url: str, count: int) -> None:
+    deadline = time.monotonic() + 30
+    while httpx.get(f"{url}/health").json()["running"] < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_loading_serving_draining(start: Callable[..., Process], tiny_llama: Path) -> None:
@@ -124,7 +48,7 @@ def test_loading_serving_draining(start: Callable[..., Process], tiny_llama: Pat
     clients = [threading.Thread(target=ask, args=(stream,)) for stream in (True, False, True)]
     for client in clients:
         client.start()
-    time.sleep(0.5)
+    wait_for_running(url, 3)
     assert server.end() == 0, server.log
     for client in clients:
         client.join()
@@ -147,7 +71,7 @@ def test_draining_has_a_limit(start: Callable[..., Process], tiny_llama: Path) -
     clients = [threading.Thread(target=ask, args=(stream,)) for stream in (True, False)]
     for client in clients:
         client.start()
-    time.sleep(0.6)
+    wait_for_running(url, 2)
     started = time.monotonic()
     assert server.end(signal.SIGINT) == 0, server.log
     assert time.monotonic() - started < 15
@@ -177,7 +101,7 @@ def test_a_model_that_can_not_be_loaded(start: Callable[..., Process], tmp_path:
 
 
 def test_an_engine_that_dies_takes_the_server_with_it(start: Callable[..., Process], tiny_llama: Path) -> None:
-    server = start(tiny_llama, broken=True)
+    server = start(tiny_llama, fault="def fault(engine): engine.core.step = None")
     url = server.wait_for(r"(http://127.0.0.1:\d+)/v1\n")
     assert httpx.post(url + COMPLETE, json={"prompt": "a"}, timeout=30).status_code == 503
     assert httpx.get(f"{url}/health").json()["error"]["code"] == "engine_dead"
