@@ -12,6 +12,7 @@ who waits for it, from any other thread.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import logging
 import queue
@@ -19,7 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from minfer.config import EngineConfig
 from minfer.engine.engine import Engine
@@ -35,6 +36,7 @@ from minfer.tokenizer import Tokenizer
 logger = logging.getLogger("minfer.engine")
 
 _Command = Callable[[], None]
+T = TypeVar("T")
 
 
 class _Stream:
@@ -138,6 +140,23 @@ class AsyncLLM:
     async def abort(self, request_id: str) -> None:
         """Ends a request; whoever reads its stream gets a last output with finish_reason "abort"."""
         self._send(lambda: self._deliver(self.engine.abort([request_id])))
+
+    async def inspect(self, look: Callable[[Engine], T]) -> T:
+        """What `look` finds, called by the engine's thread between two steps: of one moment, and without a lock.
+
+        The next step waits for it, so it is to be quick. Raises what it raises, or EngineDeadError.
+        """
+        found: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def obey() -> None:
+            if found.set_running_or_notify_cancel():
+                try:
+                    found.set_result(look(self.engine))
+                except Exception as error:
+                    found.set_exception(error)
+
+        self._send(obey)
+        return await asyncio.wrap_future(found)
 
     async def prepare(self, params: SamplingParams) -> SamplingParams:
         """The parameters with their structured output compiled, which is done while the engine and the event loop go on.

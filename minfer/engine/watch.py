@@ -39,6 +39,9 @@ class Watchers:
     def __init__(self) -> None:
         self._all: list[Watcher] = []
 
+    def __len__(self) -> int:
+        return len(self._all)
+
     def add(self, watcher: Watcher) -> None:
         """From any thread; it sees what happens from now on."""
         self._all = [*self._all, watcher]

@@ -41,6 +41,14 @@ class BlockPool:
     def num_used(self) -> int:
         return self.num_blocks - self.num_free
 
+    @property
+    def num_evictable(self) -> int:
+        return len(self._evictable)
+
+    def evictable(self) -> Iterable[int]:
+        """Unreferenced blocks whose content the prefix cache knows, the next to be given away first."""
+        return self._evictable.keys()
+
     def allocate(self) -> int:
         """A block with one reference and arbitrary content. The caller has checked `num_free`."""
         if self._free:

@@ -108,6 +108,11 @@ class Scheduler:
     def num_waiting(self) -> int:
         return self._num_waiting
 
+    def first_waiting(self, count: int) -> list[Request]:
+        """The first `count` of the waiting requests, in the order in which they will be admitted."""
+        waiting = (entry for entry in self._waiting if not entry[1].finished)
+        return [request for _, request in heapq.nsmallest(count, waiting, key=lambda entry: entry[0])]
+
     @property
     def has_requests(self) -> bool:
         return bool(self.running) or self._num_waiting > 0

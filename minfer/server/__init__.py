@@ -13,6 +13,7 @@ tools.py        the tools of a chat: told to the model, enforced by a grammar; t
 chat.py completions.py logprobs.py   the two endpoints and their response shapes
 metrics.py      /metrics, for Prometheus; tokenize.py: the tokenizer over HTTP
 sse.py connection.py                 event streams, and clients that leave
+page/                                the page at /: a chat, and a live view of the engine
 
 Everything but `options` and this file needs the extra `server`.
 """

@@ -22,6 +22,7 @@ from minfer.server.job import Job, chat_job, completion_job
 from minfer.server.keys import ApiKeys, load_keys
 from minfer.server.metrics import add_metrics_route
 from minfer.server.options import ServerOptions
+from minfer.server.page import add_live_view, add_page
 from minfer.server.protocol import ChatCompletionRequest, CompletionRequest, UnknownFields
 from minfer.server.slot import ModelSlot
 from minfer.server.sse import open_stream
@@ -43,6 +44,8 @@ def create_app(model: ModelSlot | AsyncLLM, options: ServerOptions, keys: ApiKey
     add_tokenizer_routes(app, slot)
     add_metrics_route(app, slot, options.metrics_compat)
     _add_generation_routes(app, slot, options)
+    add_live_view(app, slot)
+    add_page(app)
     return app
 
 

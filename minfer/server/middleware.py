@@ -15,10 +15,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minfer.server.errors import ApiError, as_api_error
 from minfer.server.keys import ApiKeys
+from minfer.server.page import PAGE_PATHS
 
 # Ids end up in logs and headers: short, printable, no spaces.
 _SAFE_ID = re.compile(r"[!-~]{1,128}")
-PUBLIC_PATHS = frozenset({"/health", "/ping"})
+PUBLIC_PATHS = frozenset({"/health", "/ping"}) | PAGE_PATHS
 # A browser sends about 20 headers of 2 KiB in all, an SDK fewer.
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32768
