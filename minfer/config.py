@@ -75,6 +75,7 @@ class EngineConfig:
     ngram_min_match: int = option(3, "Tokens that must agree before ngram copies what followed them.")
     adaptive_drafts: bool = option(True, "Draft only as many tokens as pay at the measured acceptance and step times; off: always all.")
     seed: int | None = option(None, "Seed for requests that bring none (default: fresh entropy for each).")
+    trace: str | None = option(None, "File for a trace of every step, to be opened in https://ui.perfetto.dev or chrome://tracing.")
 
     def __post_init__(self) -> None:
         for name, kind in (
@@ -209,6 +210,7 @@ class ModelConfig:
     dtype: str = "bfloat16"  # what the checkpoint declares
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+    sampling_defaults: tuple[tuple[str, int | float], ...] = ()  # what its makers recommend, by the names of SamplingParams
 
     def __post_init__(self) -> None:
         for name in (
@@ -267,6 +269,7 @@ class ModelConfig:
             dtype=str(c.get("dtype", c.get("torch_dtype", "bfloat16"))).removeprefix("torch."),
             eos_token_ids=tuple([eos] if isinstance(eos, int) else eos or ()),
             bos_token_id=c.get("bos_token_id"),
+            sampling_defaults=_sampling_defaults(generation or {}),
         )
 
     def window_of(self, layer: int) -> int | None:
@@ -328,7 +331,15 @@ _HF_DEFAULTS: dict[str, dict[str, Any]] = {
         "max_window_layers": 28,
     },
 }
+# What generation_config.json recommends and a request may ask for by the same name. Its lengths are for scripts of one prompt.
+_SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 _ARCHITECTURE_OF_TYPE = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+
+
+def _sampling_defaults(generation: Mapping[str, Any]) -> tuple[tuple[str, int | float], ...]:
+    """Numbers only: a file may hold anything, and what is no number recommends nothing."""
+    values = ((name, generation.get(name)) for name in _SAMPLING_NAMES)
+    return tuple((name, value) for name, value in values if isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
 def _sliding_windows(architecture: str, config: Mapping[str, Any]) -> tuple[int | None, ...]:

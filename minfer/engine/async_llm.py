@@ -19,7 +19,8 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Hashable, Iterable
+from collections.abc import AsyncGenerator, Callable, Hashable, Iterable
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from minfer.config import EngineConfig
@@ -30,6 +31,7 @@ from minfer.engine.stats import RequestStats
 from minfer.errors import EngineDeadError, MinferError
 from minfer.guided.compiler import COMPILE_SECONDS, took_too_long
 from minfer.sampling_params import SamplingParams
+from minfer.scheduler import Pooling
 from minfer.structured_outputs import StructuredOutputsParams
 from minfer.tokenizer import Tokenizer
 
@@ -103,7 +105,7 @@ class AsyncLLM:
         tenant: str = "",
         cache_salt: Hashable = None,
         kind: OutputKind = "cumulative",
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Yields the request's outputs as they come. Leaving the loop early, or being cancelled, aborts the request.
 
         `priority` counts with the policy "priority", `tenant` (on whose account the request runs) with "fair".
@@ -115,12 +117,40 @@ class AsyncLLM:
         # Tokenising a long prompt takes milliseconds: neither the event loop nor the engine's thread waits for it.
         text, ids = await asyncio.to_thread(self.engine.inputs.tokenize, prompt)
         sampling_params = await self.prepare(sampling_params)
-        stream = _Stream(asyncio.get_running_loop())
 
         def add() -> None:
             order: dict[str, Any] = {"priority": priority, "tenant": tenant, "arrived": arrived}
             self.engine.add_tokens(request_id, text, ids, sampling_params, cache_salt=cache_salt, kind=kind, **order)
 
+        async with aclosing(self._run(request_id, add)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def embed(
+        self,
+        prompt: Prompt,
+        request_id: str | None = None,
+        *,
+        pooling: Pooling = "last",
+        priority: int = 0,
+        tenant: str = "",
+        cache_salt: Hashable = None,
+    ) -> RequestOutput:
+        """The output that holds the prompt's embedding. Being cancelled aborts the request. Raises as `generate` does."""
+        arrived = time.monotonic()
+        request_id = request_id or uuid.uuid4().hex
+        _, ids = await asyncio.to_thread(self.engine.inputs.tokenize, prompt, room_for_output=False)
+
+        def add() -> None:
+            order: dict[str, Any] = {"priority": priority, "tenant": tenant, "arrived": arrived}
+            self.engine.add_embedding(request_id, ids, pooling, cache_salt=cache_salt, **order)
+
+        async with aclosing(self._run(request_id, add)) as outputs:
+            return await anext(outputs)
+
+    async def _run(self, request_id: str, add: Callable[[], None]) -> AsyncGenerator[RequestOutput, None]:
+        """The outputs of a request that `add` puts into the engine, in its thread."""
+        stream = _Stream(asyncio.get_running_loop())
         self._send(lambda: self._admit(request_id, stream, add), stream)
         finished = False
         try:

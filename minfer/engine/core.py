@@ -25,6 +25,7 @@ from minfer.speculative import DraftModelProposer, DraftRow, NgramProposer, Prop
 SCORING_ROWS = 256
 
 Scores = tuple[int, list[RowLogprobs]]  # (position, scores of the tokens from there on)
+Pooled = tuple[int, torch.Tensor]  # (position, sum of the hidden states from there on that the embedding is made of, [H] float64)
 
 
 @dataclass(slots=True)
@@ -57,6 +58,7 @@ class CoreOutput:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[RowLogprobs | None] = field(default_factory=list)
     prompt_logprobs: Scores | None = None
+    pooled: Pooled | None = None
 
 
 @dataclass(slots=True)
@@ -99,7 +101,7 @@ class EngineCore:
         if self.speculation is not None:
             self.speculation.proposer.copy_blocks(plan.copies)
         hidden = self.runner.run(spans, plan.copies)  # [S, H], the rows that spans ask for
-        scores = self._score_prompts(plan, spans, hidden)
+        scores, pooled = self._score_prompts(plan, spans, hidden), _pool(plan, spans, hidden)
         rows, at = _sampling_rows(plan, spans)
         logits = self.runner.logits(hidden if len(at) == len(hidden) else hidden[at])
         t2 = time.perf_counter()
@@ -107,7 +109,7 @@ class EngineCore:
         t3 = time.perf_counter()
         if self.speculation is not None and all(item.decodes for item in plan.scheduled):
             self.speculation.costs.observe(plan.num_tokens, t3 - t1)
-        step = self._remember(plan, sampled, scores)
+        step = self._remember(plan, sampled, scores, pooled)
         if self.speculation is not None:
             self.speculation.draft(plan.scheduled)
         built = self.runner.build_seconds - built
@@ -115,7 +117,9 @@ class EngineCore:
         self.times.add(step.times)
         return step
 
-    def _remember(self, plan: SchedulerOutput, sampled: SamplerOutput, scores: dict[Request, Scores]) -> CoreStep:
+    def _remember(
+        self, plan: SchedulerOutput, sampled: SamplerOutput, scores: dict[Request, Scores], pooled: dict[Request, Pooled]
+    ) -> CoreStep:
         outputs, failed = self._verify(plan, sampled)
         for request in failed:
             self.scheduler.finish(request, "error")
@@ -126,6 +130,8 @@ class EngineCore:
             del output.token_ids[taken:], output.logprobs[taken:]
         for request, score in scores.items():
             outputs.setdefault(request, CoreOutput(request)).prompt_logprobs = score
+        for request, vector in pooled.items():
+            outputs.setdefault(request, CoreOutput(request)).pooled = vector
         return CoreStep(plan, list(outputs.values()), failed)
 
     def _verify(self, plan: SchedulerOutput, sampled: SamplerOutput) -> tuple[dict[Request, CoreOutput], list[Request]]:
@@ -202,8 +208,22 @@ def _wants_scores(item: ScheduledRequest) -> bool:
     return request.params.prompt_logprobs is not None and item.start < request.num_prompt_tokens - 1
 
 
+def _pool(plan: SchedulerOutput, spans: list[RowSpan], hidden: torch.Tensor) -> dict[Request, Pooled]:
+    """What this step adds to the embeddings under way. In float64, so that chunks add up to the same as one piece."""
+    pooled: dict[Request, Pooled] = {}
+    row = 0
+    for item, span in zip(plan.scheduled, spans, strict=True):
+        if item.request.pooling is not None and span.logits:
+            pooled[item.request] = item.start, hidden[row : row + span.logits].double().sum(0).cpu()
+        row += span.logits
+    return pooled
+
+
 def _span(item: ScheduledRequest) -> RowSpan:
-    logits = item.num_new_tokens if _wants_scores(item) else (1 + len(item.drafts) if item.samples else 0)
+    if item.request.pooling is not None:
+        logits = item.num_new_tokens if item.request.pooling == "mean" else int(item.reaches_end)
+    else:
+        logits = item.num_new_tokens if _wants_scores(item) else (1 + len(item.drafts) if item.samples else 0)
     return RowSpan(item.request, item.start, item.num_new_tokens, logits, item.drafts)
 
 

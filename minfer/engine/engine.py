@@ -17,6 +17,7 @@ from minfer.engine.core import EngineCore
 from minfer.engine.input_processor import InputProcessor, Prompt
 from minfer.engine.output_processor import OutputProcessor
 from minfer.engine.outputs import OutputKind, RequestOutput
+from minfer.engine.trace import Trace, TraceFile
 from minfer.engine.watch import Watchers
 from minfer.errors import EngineDeadError, RequestError
 from minfer.guided import GrammarMasks
@@ -24,7 +25,7 @@ from minfer.loader import resolve_tokenizer
 from minfer.runner import LoadedModel, load_model
 from minfer.sampling import LogitsProcessor, PaddedVocabulary
 from minfer.sampling_params import SamplingParams
-from minfer.scheduler import Request
+from minfer.scheduler import Pooling, Request
 from minfer.tokenizer import Tokenizer
 
 
@@ -45,11 +46,15 @@ class Engine:
     @classmethod
     def from_config(cls, config: EngineConfig, on_phase: Callable[[str], None] = lambda name: None) -> Engine:
         """Loads model and tokenizer, telling `on_phase` what it is at. Raises ModelLoadError, ConfigError or CapacityError."""
+        trace = TraceFile(config.trace) if config.trace is not None else None  # a path that can't be written costs no loading time
         loaded = load_model(calibrated(config, on_phase), on_phase)
         with loaded.phases("read tokenizer"):
             tokenizer = load_tokenizer(config, loaded)
         with loaded.phases("record step" if config.graphs else "set up"):
-            return cls(loaded, tokenizer)
+            engine = cls(loaded, tokenizer)
+        if trace is not None:
+            engine.watchers.add(Trace(trace, engine.core.scheduler))
+        return engine
 
     @property
     def dead(self) -> bool:
@@ -91,11 +96,35 @@ class Engine:
 
         `arrived` is when its caller asked, in seconds of `time.monotonic()`, for those who measure how long that is ago.
         """
+        self._check_new(request_id)
+        requests = self.inputs.requests(request_id, ids, params, priority=priority, tenant=tenant, cache_key=cache_salt)
+        self._queue(request_id, text, requests, kind, arrived)
+
+    def add_embedding(
+        self,
+        request_id: str,
+        ids: list[int],
+        pooling: Pooling = "last",
+        *,
+        priority: int = 0,
+        tenant: str = "",
+        cache_salt: Hashable = None,
+        arrived: float | None = None,
+    ) -> None:
+        """Queues a request for the embedding of a tokenised prompt, which comes in its one output. It is computed beside
+        everyone's tokens, in chunks where it is long. `pooling`: the last token's final hidden state, or the mean of all.
+        """
+        self._check_new(request_id)
+        request = self.inputs.embedding(request_id, ids, pooling, priority=priority, tenant=tenant, cache_key=cache_salt)
+        self._queue(request_id, None, [request], "final", arrived)
+
+    def _check_new(self, request_id: str) -> None:
         if self._death is not None:
             raise EngineDeadError(f"the engine stopped after an error: {self._death}") from self._death
         if request_id in self.outputs:
             raise RequestError(f"a request with the id {request_id!r} is already running; ids must be unique", param="request_id")
-        requests = self.inputs.requests(request_id, ids, params, priority=priority, tenant=tenant, cache_key=cache_salt)
+
+    def _queue(self, request_id: str, text: str | None, requests: list[Request], kind: OutputKind, arrived: float | None) -> None:
         since = time.monotonic() if arrived is None else arrived
         self.outputs.add(request_id, text, requests, kind, since)
         for request in requests:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from minfer.config import EngineConfig, ModelConfig
 from minfer.errors import RequestError
 from minfer.guided import Grammar, GrammarCompiler
 from minfer.sampling import derive_seed
 from minfer.sampling_params import SamplingParams
-from minfer.scheduler import Request
+from minfer.scheduler import Pooling, Request
 from minfer.structured_outputs import StructuredOutputsParams
 from minfer.tokenizer import Tokenizer
 
@@ -35,7 +35,7 @@ class InputProcessor:
         self.grammars = GrammarCompiler(tokenizer, self.eos_token_ids)
         self._arrivals = itertools.count()
 
-    def tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def tokenize(self, prompt: Prompt, *, room_for_output: bool = True) -> tuple[str | None, list[int]]:
         """A string, `{"prompt": str}`, `{"prompt_token_ids": [int]}` or a list of ids -> (text if there was one, ids)."""
         if isinstance(prompt, Mapping):
             unknown = set(prompt) - {"prompt", "prompt_token_ids"}
@@ -52,10 +52,10 @@ class InputProcessor:
         self.check_ids("prompt", ids)
         if not ids:
             raise RequestError("the prompt is empty; give at least one token", param="prompt")
-        if len(ids) >= self.max_model_len:
+        if len(ids) + room_for_output > self.max_model_len:
             raise RequestError(
-                f"This model's maximum context length is {self.max_model_len} tokens. However, your prompt has {len(ids)} tokens, "
-                "which leaves no room for output. Please shorten the prompt.",
+                f"This model's maximum context length is {self.max_model_len} tokens. However, your prompt has {len(ids)} tokens"
+                f"{', which leaves no room for output' if room_for_output else ''}. Please shorten the prompt.",
                 param="prompt",
                 code="context_length_exceeded",
             )
@@ -92,6 +92,25 @@ class InputProcessor:
                 )
             )
         return requests
+
+    def embedding(
+        self, request_id: str, ids: list[int], pooling: Pooling, *, priority: int = 0, tenant: str = "", cache_key: Hashable = None
+    ) -> Request:
+        """A request that ends with its prompt."""
+        if pooling not in get_args(Pooling):
+            raise RequestError(f"pooling must be one of {', '.join(get_args(Pooling))}, not {str(pooling)[:40]!r}", param="pooling")
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=ids,
+            params=SamplingParams(max_tokens=None),
+            max_total_tokens=len(ids),
+            seed=0,
+            arrival=next(self._arrivals),
+            priority=priority,
+            tenant=tenant,
+            cache_key=cache_key,
+            pooling=pooling,
+        )
 
     def _check_params(self, params: SamplingParams) -> None:
         for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):

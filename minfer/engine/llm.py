@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from minfer.config import EngineConfig
@@ -14,6 +14,7 @@ from minfer.engine.outputs import RequestOutput
 from minfer.engine.progress import progress_bar
 from minfer.errors import EngineDeadError, RequestError
 from minfer.sampling_params import SamplingParams
+from minfer.scheduler import Pooling
 from minfer.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -50,7 +51,20 @@ class LLM:
         items = _as_list(prompts)
         params = _one_each("sampling_params", sampling_params or SamplingParams(), SamplingParams, len(items))
         priorities = _one_each("priority", priority or 0, int, len(items))
-        return self._run(items, params, priorities, use_tqdm)
+
+        def add(request_id: str, index: int) -> None:
+            self.engine.add_request(request_id, items[index], params[index], priority=priorities[index], kind="final")
+
+        return self._run(len(items), add, use_tqdm)
+
+    def embed(self, prompts: Prompt | Sequence[Prompt], *, pooling: Pooling = "last", use_tqdm: bool = True) -> list[RequestOutput]:
+        """Each prompt's `embedding`: its final hidden states, pooled and of length 1. `pooling` takes the last token's, or the
+        mean of all. Models that were trained to generate give embeddings that work, not the best there are.
+        """
+        items = [self.engine.inputs.tokenize(prompt, room_for_output=False)[1] for prompt in _as_list(prompts)]
+        return self._run(
+            len(items), lambda request_id, index: self.engine.add_embedding(request_id, items[index], pooling), use_tqdm, "Embedding"
+        )
 
     def chat(
         self,
@@ -80,15 +94,16 @@ class LLM:
         ]
         return self.generate([{"prompt_token_ids": ids} for ids in prompts], sampling_params, use_tqdm=use_tqdm)
 
-    def _run(self, prompts: list[Prompt], params: list[SamplingParams], priorities: list[int], bar: bool) -> list[RequestOutput]:
+    def _run(self, count: int, add: Callable[[str, int], None], bar: bool, doing: str = "Generating") -> list[RequestOutput]:
+        """Runs `count` requests, each put into the engine by `add` under a new id."""
         ids: list[str] = []
         finished: dict[str, RequestOutput] = {}
         try:
-            for prompt, param, priority in zip(prompts, params, priorities, strict=True):
+            for index in range(count):
                 request_id = str(next(self._ids))
-                self.engine.add_request(request_id, prompt, param, priority=priority, kind="final")
+                add(request_id, index)
                 ids.append(request_id)
-            with progress_bar("Generating", len(ids), bar) as progress:
+            with progress_bar(doing, len(ids), bar) as progress:
                 started, tokens = time.monotonic(), 0
                 while len(finished) < len(ids):
                     for output in self.engine.step():

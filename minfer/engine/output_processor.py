@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import torch
+
 from minfer.engine.core import CoreOutput, CoreStep
 from minfer.engine.outputs import CompletionOutput, Logprob, OutputKind, PositionLogprobs, RequestMetrics, RequestOutput
 from minfer.sampling import RowLogprobs
@@ -30,6 +32,7 @@ class _Sequence:
     text: list[str] = field(default_factory=list)
     logprobs: list[PositionLogprobs] | None = None
     cumulative_logprob: float | None = None
+    pooled: torch.Tensor | None = None
     # How much of each the caller of a delta has been given.
     sent_text: int = 0
     sent_tokens: int = 0
@@ -125,6 +128,12 @@ class OutputProcessor:
             start, scores = output.prompt_logprobs
             del group.prompt_logprobs[start:]  # a preempted prompt is scored again from the start
             group.prompt_logprobs += [self._position(score) for score in scores]
+        if output.pooled is not None:
+            start, vector = output.pooled
+            # A preempted prompt begins again; the last token alone needs no sum.
+            sequence.pooled = vector if sequence.pooled is None or start == 0 else sequence.pooled + vector
+            if request.finished:
+                self._close(group, sequence)
         if not output.token_ids:
             return
         metrics.first_token_time = metrics.first_token_time or now
@@ -187,6 +196,7 @@ class OutputProcessor:
             metrics=group.metrics,
             prompt_logprobs=group.prompt_logprobs,
             num_cached_tokens=first.num_cached_tokens,
+            embedding=_normalised(group.sequences[0]) if group.finished else None,
         )
 
     def _whole(self, sequence: _Sequence) -> CompletionOutput:
@@ -235,3 +245,11 @@ class OutputProcessor:
         for rank, (token, logprob) in enumerate(zip(scores.top_token_ids, scores.top_logprobs, strict=True), start=1):
             position[token] = Logprob(logprob, rank, text(token))
         return position
+
+
+def _normalised(sequence: _Sequence) -> list[float] | None:
+    """The direction of the pooled hidden state, of length 1: what embeddings are compared by. The mean's direction is the sum's."""
+    if sequence.pooled is None:
+        return None
+    values: list[float] = torch.nn.functional.normalize(sequence.pooled, dim=0).float().tolist()
+    return values

@@ -81,3 +81,4 @@ class RequestOutput:
     metrics: RequestMetrics
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     num_cached_tokens: int = 0  # prompt tokens whose KV was already there
+    embedding: list[float] | None = None  # of a request for one: the pooled final hidden state, [H], of length 1

@@ -4,11 +4,12 @@ Plain Python over integers and lists: no torch here, so every decision can be te
 """
 
 from minfer.scheduler.policies import create_policy
-from minfer.scheduler.request import FinishReason, Request, RequestStatus
+from minfer.scheduler.request import FinishReason, Pooling, Request, RequestStatus
 from minfer.scheduler.scheduler import ScheduledRequest, Scheduler, SchedulerOutput, SchedulerStats
 
 __all__ = [
     "FinishReason",
+    "Pooling",
     "Request",
     "RequestStatus",
     "ScheduledRequest",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from minfer.scheduler.prefix_cache import PrefixNode
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+Pooling = Literal["last", "mean"]  # of the prompt's final hidden states: which makes the embedding
 
 
 class RequestStatus(enum.Enum):
@@ -46,6 +47,7 @@ class Request:
     turn: int = 0  # its place in a fair order, and the tokens it was charged for; the policy's notes
     charged: int = 0
     cache_key: Hashable = None  # what besides the tokens changes the KV: adapter, salt
+    pooling: Pooling | None = None  # set: an embedding is wanted of the prompt, and no token is generated
     fork_of: Request | None = None  # a sibling with the same prompt, whose blocks may be shared once they are computed
 
     output_token_ids: list[int] = field(default_factory=list)
@@ -81,6 +83,11 @@ class Request:
     @property
     def finished(self) -> bool:
         return self.status is RequestStatus.FINISHED
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether every prompt token's hidden state is wanted, so that none may come from the prefix cache."""
+        return self.params.prompt_logprobs is not None or self.pooling == "mean"
 
     def append(self, token: int) -> None:
         self.token_ids.append(token)

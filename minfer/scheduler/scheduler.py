@@ -46,6 +46,10 @@ class ScheduledRequest:
     @property
     def samples(self) -> bool:
         """Whether they reach the request's last token, so that its logits give the next one."""
+        return self.reaches_end and self.request.pooling is None
+
+    @property
+    def reaches_end(self) -> bool:
         return self.start + self.num_new_tokens - len(self.drafts) == self.request.num_tokens
 
     @property
@@ -147,6 +151,8 @@ class Scheduler:
             request.num_computed_tokens += item.num_new_tokens - len(item.drafts)
             reason = self._append(request, sampled.get(request, ()))
             self._publish(request)
+            if request.pooling is not None and not request.num_left:
+                reason = "stop", None
             if reason is not None:
                 self.finish(request, *reason)
                 finished.append(request)
@@ -303,7 +309,7 @@ class Scheduler:
         sibling = request.fork_of
         if sibling is not None and sibling.status is RequestStatus.RUNNING and request.num_tokens == request.num_prompt_tokens:
             self._fork(sibling, request, output)
-        elif self.prefix_cache is not None and request.params.prompt_logprobs is None:
+        elif self.prefix_cache is not None and not request.needs_whole_prompt:
             blocks, node = self.prefix_cache.match(request.cache_key, request.token_ids[:-1])
             self.pool.share(blocks)
             request.blocks = blocks

@@ -10,7 +10,7 @@ slot.py         ModelSlot: where the model is, or will be
 protocol.py     request bodies; structured.py: the form of the output in its many spellings
 job.py          a checked request; generation.py: a job in the engine, its outputs and usage
 tools.py        the tools of a chat: told to the model, enforced by a grammar; tool_calls.py: read back from what it says
-chat.py completions.py logprobs.py   the two endpoints and their response shapes
+chat.py completions.py logprobs.py   the two endpoints and their response shapes; embeddings.py: a third
 metrics.py      /metrics, for Prometheus; tokenize.py: the tokenizer over HTTP
 sse.py connection.py                 event streams, and clients that leave
 page/                                the page at /: a chat, and a live view of the engine

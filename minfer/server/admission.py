@@ -15,6 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minfer.server.errors import ApiError
@@ -107,6 +108,14 @@ class Ticket:
     def leave(self) -> None:
         self._admission._leave(self.key, self.sequences)
         self.sequences = 0
+
+
+def take_places(request: Request, sequences: int) -> str:
+    """Counts all of a request's sequences in the queue, now that their number is known. Returns the key that sent it."""
+    state = request.scope["state"]
+    if state.get("ticket") is not None:
+        state["ticket"].grow(sequences)
+    return str(state.get("key", ANYONE))
 
 
 class Gate:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +10,11 @@ from starlette.responses import JSONResponse, Response
 
 import minfer
 from minfer.engine.async_llm import AsyncLLM
-from minfer.server.admission import ANYONE
+from minfer.server.admission import take_places
 from minfer.server.chat import chat_answer, chat_events
 from minfer.server.completions import completion_answer, completion_events
-from minfer.server.connection import ClientGone, while_connected
+from minfer.server.connection import answer_while_connected
+from minfer.server.embeddings import add_embedding_route
 from minfer.server.errors import install_handlers
 from minfer.server.front import add_front
 from minfer.server.generation import Generation
@@ -28,10 +28,6 @@ from minfer.server.slot import ModelSlot
 from minfer.server.sse import open_stream
 from minfer.server.tokenize import add_tokenizer_routes
 
-logger = logging.getLogger("minfer.server")
-
-CLIENT_CLOSED_REQUEST = 499  # nginx's number, for the log: nobody is there to read it
-
 
 def create_app(model: ModelSlot | AsyncLLM, options: ServerOptions, keys: ApiKeys | None = None) -> FastAPI:
     """The ASGI application, for a running engine or for a slot that will get one. `keys` are those of the options, if left out."""
@@ -44,6 +40,7 @@ def create_app(model: ModelSlot | AsyncLLM, options: ServerOptions, keys: ApiKey
     add_tokenizer_routes(app, slot)
     add_metrics_route(app, slot, options.metrics_compat)
     _add_generation_routes(app, slot, options)
+    add_embedding_route(app, slot, options)
     add_live_view(app, slot)
     add_page(app)
     return app
@@ -84,7 +81,7 @@ def _add_generation_routes(app: FastAPI, slot: ModelSlot, options: ServerOptions
         llm = slot.require()
         slot.check_name(body.model)
         unknown.note(body)
-        return await _answer(request, respond())
+        return await answer_while_connected(request, respond())
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -98,23 +95,12 @@ def _add_generation_routes(app: FastAPI, slot: ModelSlot, options: ServerOptions
         llm = slot.require()
         slot.check_name(body.model)
         unknown.note(body)
-        return await _answer(request, respond())
-
-
-async def _answer(request: Request, work: Any) -> Response:
-    try:
-        return await while_connected(request.receive, work)
-    except ClientGone:
-        logger.info("%s %s: the client left before the answer", request.state.request_id, request.url.path)
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
+        return await answer_while_connected(request, respond())
 
 
 def _admitted(request: Request, job: Job) -> Job:
     """The job of the key that sent it, with all of its sequences counted in the queue."""
-    state = request.scope["state"]
-    if state.get("ticket") is not None:
-        state["ticket"].grow(len(job.prompts) * job.params.n)
-    return replace(job, tenant=state.get("key", ANYONE))
+    return replace(job, tenant=take_places(request, len(job.prompts) * job.params.n))
 
 
 def _head(slot: ModelSlot, job: Job) -> dict[str, Any]:

@@ -10,10 +10,11 @@ import asyncio
 import dataclasses
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from minfer.config import ModelConfig
 from minfer.engine.async_llm import AsyncLLM
 from minfer.errors import RequestError
 from minfer.sampling_params import SamplingParams
@@ -59,7 +60,7 @@ async def chat_job(llm: AsyncLLM, request: ChatCompletionRequest, options: Serve
     limits = {"max_tokens": request.token_limit, "logprobs": logprobs, "prompt_logprobs": request.prompt_logprobs}
     if tools is not None:
         limits["skip_special_tokens"] = tools.syntax == "hermes" and request.skip_special_tokens is not False  # others' markers are special
-    params = await _params(llm, request, call, **limits)
+    params = await _params(llm, request, sampling_defaults(llm.engine.model_config, options), call, **limits)
     prompt = await asyncio.to_thread(_apply_template, llm, request, tools)
     return dataclasses.replace(_job("chatcmpl", llm, request, params, [prompt], options), tools=tools)
 
@@ -72,16 +73,24 @@ async def completion_job(llm: AsyncLLM, request: CompletionRequest, options: Ser
     if request.echo and request.logprobs is not None:
         prompt_logprobs = max(prompt_logprobs or 0, request.logprobs)
     limit = 1 if score_only else limit
-    params = await _params(llm, request, None, max_tokens=limit, logprobs=request.logprobs, prompt_logprobs=prompt_logprobs)
-    prompts = _split_prompts(request.prompt)
+    defaults = sampling_defaults(llm.engine.model_config, options)
+    params = await _params(llm, request, defaults, None, max_tokens=limit, logprobs=request.logprobs, prompt_logprobs=prompt_logprobs)
+    prompts = split_prompts(request.prompt)
     if len(prompts) * params.n > options.max_request_sequences:  # before the work of tokenising them
-        raise _too_many_sequences(len(prompts), params.n, options)
+        raise too_many_sequences(len(prompts), params.n, options)
     special = request.add_special_tokens is not False
     tokenized = await asyncio.to_thread(lambda: [_tokenize(llm, prompt, special) for prompt in prompts])
     return _job("cmpl", llm, request, params, tokenized, options, score_only)
 
 
-async def _params(llm: AsyncLLM, request: GenerationRequest, call: StructuredOutputsParams | None, **overrides: Any) -> SamplingParams:
+def sampling_defaults(model: ModelConfig, options: ServerOptions) -> dict[str, int | float]:
+    """What a request gets that doesn't say: the checkpoint's recommendations (generation_config.json), unless they are switched off."""
+    return dict(model.sampling_defaults) if options.generation_config == "auto" else {}
+
+
+async def _params(
+    llm: AsyncLLM, request: GenerationRequest, defaults: Mapping[str, Any], call: StructuredOutputsParams | None, **overrides: Any
+) -> SamplingParams:
     """Sampling parameters with the form of the output compiled, so that a schema that can't be used is refused here."""
     form, field_name = structured_outputs({name: getattr(request, name) for name in STRUCTURED_FIELDS})
     if call is not None:
@@ -89,7 +98,7 @@ async def _params(llm: AsyncLLM, request: GenerationRequest, call: StructuredOut
             raise RequestError(f"{field_name} and a tool_choice that demands a call exclude each other", param=field_name)
         form, field_name = call, "tools"
     try:
-        return await llm.prepare(request.sampling_params(**overrides, structured_outputs=form))
+        return await llm.prepare(request.sampling_params(defaults, **overrides, structured_outputs=form))
     except RequestError as error:
         if error.param != "structured_outputs" or field_name is None:
             raise
@@ -109,8 +118,7 @@ def _job(
     for prompt in prompts:
         _check_context(llm.engine.inputs.max_model_len, len(prompt.ids), 0 if score_only else params.max_tokens, place)
     _check_work(llm.engine.inputs.max_model_len, prompts, params, options)
-    if request.priority and llm.config.policy != "priority":
-        raise RequestError("priority needs a server that was started with --policy priority", param="priority")
+    check_priority(request.priority, llm)
     return Job(f"{prefix}-{uuid.uuid4().hex}", prompts, params, request.priority or 0, request.cache_salt, score_only=score_only)
 
 
@@ -138,12 +146,13 @@ def chat_ids(llm: AsyncLLM, request: ChatInput, tools: Tools | None) -> list[int
     )
 
 
-def _split_prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
+def split_prompts(prompt: str | list[int] | list[str] | list[list[int]], param: str = "prompt") -> list[str | list[int]]:
+    """One prompt or several, from the field `param`."""
     if isinstance(prompt, str):
         return [prompt]
     items: list[Any] = prompt
     if not items:
-        raise RequestError("prompt is an empty list; give at least one prompt", param="prompt")
+        raise RequestError(f"{param} is an empty list; give at least one prompt", param=param)
     return [items] if isinstance(items[0], int) else items
 
 
@@ -168,7 +177,7 @@ def _check_context(max_model_len: int, prompt_tokens: int, max_tokens: int | Non
 def _check_work(max_model_len: int, prompts: list[TokenizedPrompt], params: SamplingParams, options: ServerOptions) -> None:
     """One request may not occupy the server for hours: its sequences and its tokens are limited, whatever the single fields say."""
     if len(prompts) * params.n > options.max_request_sequences:
-        raise _too_many_sequences(len(prompts), params.n, options)
+        raise too_many_sequences(len(prompts), params.n, options)
     tokens = sum(max_model_len - len(p.ids) if params.max_tokens is None else params.max_tokens for p in prompts) * params.n
     if len(prompts) * params.n > 1 and tokens > options.max_request_tokens:
         raise RequestError(
@@ -178,6 +187,11 @@ def _check_work(max_model_len: int, prompts: list[TokenizedPrompt], params: Samp
         )
 
 
-def _too_many_sequences(prompts: int, n: int, options: ServerOptions) -> RequestError:
+def check_priority(priority: int | None, llm: AsyncLLM) -> None:
+    if priority and llm.config.policy != "priority":
+        raise RequestError("priority needs a server that was started with --policy priority", param="priority")
+
+
+def too_many_sequences(prompts: int, n: int, options: ServerOptions, param: str = "prompt") -> RequestError:
     message = f"this request asks for {prompts} prompts x n={n} sequences, and the limit is {options.max_request_sequences}"
-    return RequestError(message, param="n" if n > 1 else "prompt")
+    return RequestError(message, param="n" if n > 1 else param)

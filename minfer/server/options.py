@@ -11,6 +11,7 @@ from minfer.config import option
 from minfer.errors import ConfigError
 
 MetricsCompat = Literal["minfer", "vllm"]
+GenerationConfigUse = Literal["auto", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,9 @@ class ServerOptions:
     cors_origin: Sequence[str] = option((), "Origin whose pages may use this server from a browser. May be repeated; * allows any.")
     served_model_name: str | None = option(None, "Name that clients use for the model (default: the model argument as given).")
     any_model_name: bool = option(False, "Answer requests for any model name with this model, instead of 404.")
+    generation_config: GenerationConfigUse = option(
+        "auto", "Defaults of temperature, top_p and so on for requests without them: auto takes the checkpoint's own, none OpenAI's."
+    )
     max_body_bytes: int = option(8 << 20, "Largest request body (suffixes K, M, G).", bytes=True)
     max_request_tokens: int = option(262144, "Most tokens that one request may generate: prompts x n x max_tokens.")
     max_request_sequences: int = option(1024, "Most sequences that one request may start: prompts x n.")
@@ -59,8 +63,9 @@ class ServerOptions:
             raise ConfigError("tls_cert and tls_key need each other: give both, or neither")
         if self.served_model_name == "":
             raise ConfigError("served_model_name must not be empty")
-        if self.metrics_compat not in get_args(MetricsCompat):
-            raise ConfigError(f"metrics_compat must be one of {', '.join(get_args(MetricsCompat))}, not {self.metrics_compat!r}")
+        for name, choices in (("metrics_compat", get_args(MetricsCompat)), ("generation_config", get_args(GenerationConfigUse))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         for name in ("max_body_bytes", "max_request_tokens", "max_request_sequences", "max_messages", "requests_per_minute"):
             value = getattr(self, name)
             if value is not None and value < 1:

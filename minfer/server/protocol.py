@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -71,7 +72,7 @@ _SAMPLING_FIELDS = (
 )
 
 
-def _check_prompt(value: Any) -> Any:
+def check_prompt(value: Any) -> Any:
     """One sentence, where pydantic would tell what is wrong with each of the four alternatives."""
     items = value if isinstance(value, list) else []
     if isinstance(value, str) or (isinstance(value, list) and any(all(map(fits, items)) for fits in (_is_text, _is_id, _is_ids))):
@@ -165,9 +166,11 @@ class GenerationRequest(Body):
         if self.prompt_logprobs is not None and self.stream:
             raise RequestError("prompt_logprobs can't be streamed; set stream to false", param="prompt_logprobs")
 
-    def sampling_params(self, **overrides: Any) -> SamplingParams:
-        """`overrides` are what the endpoints read differently: max_tokens, log-probabilities, the form of the output."""
-        values = {name: getattr(self, name) for name in _SAMPLING_FIELDS if getattr(self, name) is not None}
+    def sampling_params(self, defaults: Mapping[str, Any], **overrides: Any) -> SamplingParams:
+        """`defaults` are for what the request is silent about; `overrides` are what the endpoints read differently: max_tokens,
+        log-probabilities, the form of the output.
+        """
+        values = {**defaults, **{name: getattr(self, name) for name in _SAMPLING_FIELDS if getattr(self, name) is not None}}
         if self.logit_bias is not None:
             values["logit_bias"] = {_token_id(key): bias for key, bias in self.logit_bias.items()}
         return SamplingParams.from_mapping({**values, **overrides})
@@ -198,7 +201,7 @@ class ChatCompletionRequest(ChatInput, GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: Annotated[str | list[int] | list[str] | list[list[int]], BeforeValidator(_check_prompt)]
+    prompt: Annotated[str | list[int] | list[str] | list[list[int]], BeforeValidator(check_prompt)]
     logprobs: int | None = None
     echo: bool | None = None
     best_of: int | None = None

@@ -26,8 +26,10 @@ import uvicorn
 from minfer.config import EngineConfig
 from minfer.engine.async_llm import AsyncLLM
 from minfer.engine.engine import Engine
-from minfer.errors import EngineDeadError
+from minfer.errors import EngineDeadError, ModelLoadError, RequestError
+from minfer.sampling_params import SamplingParams
 from minfer.server.app import create_app
+from minfer.server.job import sampling_defaults
 from minfer.server.keys import ApiKeys, load_keys
 from minfer.server.options import ServerOptions
 from minfer.server.slot import ModelSlot
@@ -67,7 +69,7 @@ def run_server(config: EngineConfig, options: ServerOptions) -> None:
         if warning:
             _say(warning)
         # A daemon: a signal while it loads must not wait for it.
-        threading.Thread(target=_load, args=(slot, config), name="minfer-load", daemon=True).start()
+        threading.Thread(target=_load, args=(slot, config, options), name="minfer-load", daemon=True).start()
         asyncio.run(_serve(server, listener, slot, options, keys, port))
     if slot.llm is not None:
         slot.llm.shutdown((options.watchdog_seconds or None) if slot.error is None else LAST_WORDS_SECONDS)
@@ -75,11 +77,21 @@ def run_server(config: EngineConfig, options: ServerOptions) -> None:
         raise slot.error
 
 
-def _load(slot: ModelSlot, config: EngineConfig) -> None:
+def _load(slot: ModelSlot, config: EngineConfig, options: ServerOptions) -> None:
     try:
-        slot.fill(AsyncLLM(Engine.from_config(config, slot.enter_phase)))
+        engine = Engine.from_config(config, slot.enter_phase)
+        _check_sampling_defaults(engine, options)
+        slot.fill(AsyncLLM(engine))
     except Exception as error:
         slot.fail(error)
+
+
+def _check_sampling_defaults(engine: Engine, options: ServerOptions) -> None:
+    """Now, rather than as a refusal of requests that never mentioned them."""
+    try:
+        SamplingParams.from_mapping(sampling_defaults(engine.model_config, options))
+    except RequestError as error:
+        raise ModelLoadError(f"the checkpoint's generation_config.json: {error}; mend it, or add --generation-config none") from error
 
 
 async def _serve(server: Any, listener: socket.socket, slot: ModelSlot, options: ServerOptions, keys: ApiKeys, port: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from minfer.engine.async_llm import AsyncLLM
 from minfer.runner.load import describe_kv_cache
+from minfer.server.job import sampling_defaults
 from minfer.server.keys import ApiKeys
 from minfer.server.options import ServerOptions
 from minfer.server.slot import ModelSlot
@@ -31,6 +32,7 @@ def first_screen(slot: ModelSlot, llm: AsyncLLM, options: ServerOptions, keys: A
     phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in loaded.phases.seconds.items())
     body = f'{{"model": "{slot.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     key = f"one of {len(keys)} is needed, on all routes but /health" if keys else "none"
+    shown = ", ".join(f"{name} {value:g}" for name, value in sampling_defaults(engine.model_config, options).items())
     warning = exposure_warning(options, keys)
     lines = [
         f"minfer serves {slot.name} at {url}/v1",
@@ -38,6 +40,7 @@ def first_screen(slot: ModelSlot, llm: AsyncLLM, options: ServerOptions, keys: A
         f"  runs on   {llm.config.device}, {llm.config.dtype}",
         f"  context   {max_len} tokens; {fits} requests of full length fit at the same time",
         f"  KV cache  {describe_kv_cache(loaded.cache, loaded.model_config)}",
+        *([f"  sampling  {shown}, from the checkpoint, where a request doesn't say"] if shown else []),
         f"  API key   {key}",
         f"  try it    curl {url}/v1/chat/completions{auth} -H 'content-type: application/json' -d '{body}'",
     ]

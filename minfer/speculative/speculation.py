@@ -72,7 +72,7 @@ class Speculation:
 
     def draft(self, scheduled: Sequence[ScheduledRequest]) -> None:
         """Gives each request of the step that has one token left to compute its drafts for the next step."""
-        going_on = [item for item in scheduled if item.request.status is RequestStatus.RUNNING]
+        going_on = [item for item in scheduled if item.request.status is RequestStatus.RUNNING and item.request.pooling is None]
         self.proposer.follow(going_on)
         known = self._acceptance
         self._acceptance = {item.request: known.get(item.request) or Acceptance() for item in going_on}
