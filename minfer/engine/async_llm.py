@@ -19,7 +19,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Hashable, Iterable
+from collections.abc import AsyncGenerator, Callable, Hashable, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -114,8 +114,11 @@ class AsyncLLM:
         """
         arrived = time.monotonic()
         request_id = request_id or uuid.uuid4().hex
-        # Tokenising a long prompt takes milliseconds: neither the event loop nor the engine's thread waits for it.
-        text, ids = await asyncio.to_thread(self.engine.inputs.tokenize, prompt)
+        if isinstance(prompt, str) or (isinstance(prompt, Mapping) and "prompt" in prompt):
+            # Tokenising a long prompt takes milliseconds: neither the event loop nor the engine's thread waits for it.
+            text, ids = await asyncio.to_thread(self.engine.inputs.tokenize, prompt)
+        else:
+            text, ids = self.engine.inputs.tokenize(prompt)
         sampling_params = await self.prepare(sampling_params)
 
         def add() -> None:

@@ -29,6 +29,7 @@ logger = logging.getLogger("minfer.server")
 
 Events = AsyncGenerator[bytes, None]
 
+_encode = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make one for each event
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # the second one is nginx's switch
@@ -36,7 +37,7 @@ HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # the second
 
 def event(payload: dict[str, Any]) -> bytes:
     # ASCII escapes keep any text, also lone surrogates and line separators, inside its line.
-    return b"data: " + json.dumps(payload, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _encode(payload).encode() + b"\n\n"
 
 
 async def open_stream(events: Events, options: ServerOptions) -> Response:
