@@ -119,7 +119,7 @@ function startLearn() {
     const text = $("learn-text");
     if (!text.childNodes.length) {
       text.append(renderMarkdown(await (await request("/static/learn.md")).text()));
-      for (const heading of text.querySelectorAll("h2, h3")) heading.id = `learn-${heading.textContent.toLowerCase().replaceAll(" ", "-")}`;
+      for (const heading of text.querySelectorAll("h3, h4")) heading.id = `learn-${heading.textContent.toLowerCase().replaceAll(" ", "-")}`;
     }
     if (!dialog.open) dialog.showModal();
     const target = section && document.getElementById(`learn-${section}`);

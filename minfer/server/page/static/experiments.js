@@ -9,6 +9,12 @@ import { request } from "./api.js";
 const SENTENCE = "The engine reads every token once, keeps what it computed in blocks, and looks it up again when the next token comes. ";
 const TOPICS = ["rivers", "clocks", "bridges", "birds", "paper", "salt", "maps", "bread", "glass", "wind", "ships", "stars"];
 const about = (topic) => `Write about ${topic}, from the beginning: `;
+
+/** As many sentences as make about so many tokens, and leave room for an answer. */
+function sentences(tokens, { engine, sentence_tokens }) {
+  return SENTENCE.repeat(Math.max(1, Math.floor(Math.min(tokens, engine.max_model_len - 180) / sentence_tokens)));
+}
+
 const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
 const EXPERIMENTS = [
@@ -27,28 +33,28 @@ const EXPERIMENTS = [
   [
     "A long prompt",
     "Chunked prefill: the long prompt comes in pieces, and those who are writing still get their token in each step.",
-    async (run, engine) => {
+    async (run, facts) => {
       const writing = run(TOPICS.slice(0, 3).map(about), 160);
       await pause(400);
-      const tokens = Math.min(engine.max_model_len - 64, 3.5 * Math.min(engine.max_prefill_chunk, engine.max_num_batched_tokens));
-      await Promise.all([writing, run([SENTENCE.repeat(Math.max(1, Math.floor(tokens / 28))) + Date.now()], 24)]);
+      const chunk = Math.min(facts.engine.max_prefill_chunk, facts.engine.max_num_batched_tokens);
+      await Promise.all([writing, run([`${Date.now()}. ${sentences(3.5 * chunk, facts)}`], 24)]);
     },
   ],
   [
     "A shared beginning",
     "Prefix sharing: the first one computes a long beginning, the next five find it in the cache and read the same blocks.",
-    async (run) => {
-      const beginning = `Rules of ${Date.now()}. ${SENTENCE.repeat(10)}`;
+    async (run, facts) => {
+      const beginning = `Rules of ${Date.now()}. ${sentences(260, facts)}`;
       const first = run([`${beginning} ${about("salt")}`], 140);
       await first.begun;
       await Promise.all([first, run(TOPICS.slice(0, 5).map((topic) => `${beginning} ${about(topic)}`), 100)]);
     },
   ],
-  ["One prompt, four answers", "n=4: four requests fork from one prompt. They share its full blocks and get a copy of the one it ends in.", (run) => run([SENTENCE.repeat(4)], 80, { n: 4, temperature: 1 })],
+  ["One prompt, four answers", "n=4: four requests fork from one prompt. They share its full blocks and get a copy of the one it ends in.", (run, facts) => run([sentences(110, facts)], 80, { n: 4, temperature: 1 })],
   [
     "More than fits",
     "The queue: more requests than seats. Whoever is done makes room for the next in line, in the very next step.",
-    (run, engine) => run(Array.from({ length: Math.min(120, engine.max_num_seqs + 16) }, (_, place) => `${place}. ${about(TOPICS[place % TOPICS.length])}`), 40),
+    (run, { engine }) => run(Array.from({ length: Math.min(120, engine.max_num_seqs + 16) }, (_, place) => `${place}. ${about(TOPICS[place % TOPICS.length])}`), 40),
   ],
 ];
 
@@ -69,7 +75,8 @@ async function start(text, work, says, end) {
   end.hidden = false;
   try {
     const { engine } = await (await request("/v1/engine/state", { signal: own.signal })).json();
-    await work((prompts, tokens, more) => complete(prompts, tokens, own.signal, more), engine);
+    const { count } = await (await request("/tokenize", { body: { prompt: SENTENCE, add_special_tokens: false }, signal: own.signal })).json();
+    await work((prompts, tokens, more) => complete(prompts, tokens, own.signal, more), { engine, sentence_tokens: count });
   } catch (error) {
     own.abort(); // the rest of this experiment
     if (error.name !== "AbortError") {

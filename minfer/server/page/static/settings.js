@@ -71,7 +71,7 @@ function draw() {
     h("div", { class: "row" }, h("h2", {}, "Sampling"), h("span", { class: "spacer" }), h("button", { type: "button", class: "button small", onclick: reset }, "Reset"),
       h("button", { type: "button", class: "button small", onclick: toggle }, "Close")),
     h("label", { class: "field" }, "System prompt (of this conversation)", system),
-    FIELDS.map(drawField),
+    ...FIELDS.map(drawField),
     h("label", { class: "field" }, "Stop at", stop),
     ...drawForm(),
     h("p", { class: "hint" }, "Empty fields are the server's defaults. All of this stays in this browser."),
