@@ -43,6 +43,11 @@ def test_the_wheel_holds_python_only(wheel: Path) -> None:
     assert not [name for name in names if name.endswith((".so", ".cpp", ".h", ".txt"))]
 
 
+def test_the_wheel_holds_the_page(wheel: Path) -> None:
+    names = {Path(name).name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("minfer/server/page/static/")}
+    assert names == {file.name for file in (ROOT / "minfer/server/page/static").iterdir()}
+
+
 def test_what_was_installed_runs_on_plain_torch_and_says_so_once(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (

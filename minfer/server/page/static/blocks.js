@@ -1,7 +1,7 @@
 // The pool as a map, and each request's block table beside its progress.
 
 import { $, context2d, h, number, theme, tooltip } from "./dom.js";
-import { colour } from "./history.js";
+import { colour, onColour } from "./history.js";
 
 const FREE = 0;
 const CACHED = 1;
@@ -211,7 +211,7 @@ function drawTable(canvas, request, owners, state, colours) {
     const sharers = state.pool.per_cell === 1 ? (owners.get(cell) ?? []) : [{ request }];
     const kind = sharers.length > 1 ? SHARED : 2;
     drawSquare(context, kind, sharers, x, colours);
-    context.fillStyle = "#fff";
+    context.fillStyle = onColour();
     context.fillText(block < 10000 ? String(block) : `${Math.floor(block / 1000)}k`, x + SQUARE / 2, 12);
   });
   context.textAlign = "left";

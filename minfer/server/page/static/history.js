@@ -66,8 +66,10 @@ export class History {
   }
 }
 
+const isDark = () => document.documentElement.dataset.theme === "dark";
+
 /** A colour for a request: neighbours in number are far apart in hue. */
-export function colour(id, lightness = null) {
-  const dark = document.documentElement.dataset.theme === "dark";
-  return `oklch(${lightness ?? (dark ? 0.74 : 0.64)} 0.145 ${((id * 137.508) % 360).toFixed(1)})`;
-}
+export const colour = (id) => `oklch(${isDark() ? 0.76 : 0.6} 0.145 ${((id * 137.508) % 360).toFixed(1)})`;
+
+/** What can be read on any of those colours. */
+export const onColour = () => (isDark() ? "#0d1517" : "#ffffff");

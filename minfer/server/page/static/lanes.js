@@ -4,7 +4,7 @@
 // folded into one column, but for the newest, so that what is different (joining, leaving, prompts) stays in sight for long.
 
 import { context2d, duration, number, theme, tooltip } from "./dom.js";
-import { DECODE, LANES, RECOMPUTE, colour } from "./history.js";
+import { DECODE, LANES, RECOMPUTE, colour, onColour } from "./history.js";
 
 const LANE = 19;
 const COLUMN = 17;
@@ -176,7 +176,7 @@ function drawChunk(context, row, x, y, width, colours) {
     context.stroke();
     context.setLineDash([]);
   }
-  context.fillStyle = "#fff";
+  context.fillStyle = onColour();
   context.font = "600 9.5px system-ui, sans-serif";
   context.textAlign = "center";
   const text = row.tokens < 1000 ? String(row.tokens) : `${(row.tokens / 1000).toFixed(row.tokens < 9950 ? 1 : 0)}k`;
