@@ -18,6 +18,7 @@ import torch
 from minfer.config import EngineConfig, ModelConfig
 from minfer.errors import ConfigError
 from minfer.kernels import Ops, select_ops
+from minfer.kernels.cpu.arena import ask_for_huge_pages
 from minfer.kvcache import FORMATS, KVCache, format_of
 from minfer.layers.loading import load_weights
 from minfer.loader import CALIBRATED, Checkpoint, open_checkpoint, quantised_twin, quantized_as_asked, resolve_model
@@ -98,13 +99,22 @@ def load_model(config: EngineConfig, on_phase: Callable[[str], None] = lambda na
             draft = _read_draft(config, config.draft_model, model_config, ops, max_len, device)
     with phases("size KV cache"):
         blocks = num_kv_blocks(config, model_config, max_len, kv_dtype, device, draft.config if draft is not None else None)
-        cache = KVCache(model_config, blocks, config.block_size, kv_dtype, device)
-        drafting = None if draft is None else DraftModel(draft, KVCache(draft.config, blocks, config.block_size, kv_dtype, device))
+        cache = _kv_cache(model_config, blocks, config.block_size, kv_dtype, device)
+        drafting = None if draft is None else DraftModel(draft, _kv_cache(draft.config, blocks, config.block_size, kv_dtype, device))
     names: dict[str, Any] = {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "kv_cache_dtype": format_of(kv_dtype).name}
     resolved = dataclasses.replace(config, max_model_len=max_len, **names)
     logger.info("loaded %s: %s", config.model, ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.seconds.items()))
     logger.info("KV cache: %s", describe_kv_cache(cache, model_config))
     return LoadedModel(resolved, model_config, checkpoint, model, ops, cache, device, phases, drafting)
+
+
+def _kv_cache(model: ModelConfig, blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+    cache = KVCache(model, blocks, block_size, dtype, device)
+    if device.type == "cpu":
+        for layer in cache.layers:
+            for tensor in layer.tensors:
+                ask_for_huge_pages(tensor)
+    return cache
 
 
 def _read_draft(config: EngineConfig, name: str, target: ModelConfig, ops: Ops, max_len: int, device: torch.device) -> Model:

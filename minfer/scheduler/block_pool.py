@@ -2,7 +2,9 @@
 
 A block is in exactly one of three states:
 
-    free        nobody uses it, its content is meaningless          -> in `_free`
+    free        nobody uses it, its content is meaningless          -> in `_free`, given out last in, first out: what was
+                used lately has its memory, and perhaps its place in a cache, while a block that was never used costs
+                the system's page faults at the first write
     in use      referenced by one or more block tables              -> count > 0
     evictable   unreferenced, but the prefix cache knows its        -> in `_evictable`, oldest release first
                 content; reusable as it is, or given away when
@@ -16,7 +18,7 @@ block never takes a parent before its children, which keeps the prefix tree whol
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 
@@ -29,7 +31,7 @@ class BlockPool:
         self._on_evict = on_evict
         self._references = [0] * num_blocks
         self._cached = [False] * num_blocks
-        self._free = deque(range(num_blocks))
+        self._free = list(reversed(range(num_blocks)))
         self._evictable: OrderedDict[int, None] = OrderedDict()
 
     @property
@@ -52,7 +54,7 @@ class BlockPool:
     def allocate(self) -> int:
         """A block with one reference and arbitrary content. The caller has checked `num_free`."""
         if self._free:
-            block = self._free.popleft()
+            block = self._free.pop()
         else:
             block, _ = self._evictable.popitem(last=False)
             self._cached[block] = False

@@ -34,10 +34,17 @@ enum DType : int64_t {
 
 using OpFunction = void (*)(const void* args, Pool& pool);
 
+// Memory that an op reads whatever its inputs are: its weights. Worker w of n begins with item (items * w / n).
+struct Stream {
+  const char* memory;
+  int64_t items, item_bytes;
+};
+
 struct Op {
   const char* name;  // nullptr ends a table
   OpFunction run;
   int64_t args_size;  // compared with the ctypes mirror when the op is looked up
+  Stream (*stream)(const void* args);  // nullptr for an op without weights
 };
 
 // Turns `void kernel(const Args&, Pool&)` into a table entry.
@@ -47,15 +54,23 @@ static void op_entry(const void* args, Pool& pool) {
 }
 
 #define MINFER_OP(name, Args) \
-  { #name, &op_entry<Args, name>, sizeof(Args) }
+  { #name, &op_entry<Args, name>, sizeof(Args), nullptr }
+
+// The same for an op with weights, which `stream(const Args&)` tells.
+template <class Args, Stream (*stream)(const Args&)>
+static Stream stream_entry(const void* args) {
+  return stream(*static_cast<const Args*>(args));
+}
+#define MINFER_STREAMING_OP(name, Args, stream) \
+  { #name, &op_entry<Args, name>, sizeof(Args), &stream_entry<Args, stream> }
 
 // Opens and closes the table of the kernel file FILE.cpp: `MINFER_OPS(FILE) MINFER_OP(a, AArgs), ... MINFER_OPS_END`.
 #define MINFER_OPS(file)           \
   extern const Op file##_ops[];    \
   const Op file##_ops[] = {
-#define MINFER_OPS_END    \
-  { nullptr, nullptr, 0 } \
-  }                       \
+#define MINFER_OPS_END             \
+  { nullptr, nullptr, 0, nullptr } \
+  }                                \
   ;
 
 }  // namespace minfer

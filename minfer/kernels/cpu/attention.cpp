@@ -475,12 +475,22 @@ struct Attention {
     std::memcpy(&begin, panel.begin + n * kLanes, sizeof begin);
     float* s = w.s + n * kLanes;
     Vec m = broadcast(kMinusInfinity);
-    for (int64_t j = 0; j < keys; ++j) {
-      const int32_t key = static_cast<int32_t>(w.tile.first + j);
-      const Vec factor = broadcast(kCoded ? w.tile.k_scale[j] : static_cast<float>(a.scale));
-      const Vec v = select((last >= key) & (begin <= key), score(load(s + j * kPanel), factor), broadcast(kMinusInfinity));
-      store(s + j * kPanel, v);
-      m = max(v, m);
+    const auto scale_and_mask = [&](auto visible) {
+      for (int64_t j = 0; j < keys; ++j) {
+        const Vec factor = broadcast(kCoded ? w.tile.k_scale[j] : static_cast<float>(a.scale));
+        const Vec v = visible(w.tile.first + j, score(load(s + j * kPanel), factor));
+        store(s + j * kPanel, v);
+        m = max(v, m);
+      }
+    };
+    // Most tiles of a long prompt lie before all of a panel's rows, and within their window.
+    if (panel.last[0] >= w.tile.first + keys - 1 && panel.begin[kPanel - 1] <= w.tile.first) {
+      scale_and_mask([](int64_t, Vec v) { return v; });
+    } else {
+      scale_and_mask([&](int64_t key, Vec v) {
+        const int32_t k = static_cast<int32_t>(key);
+        return select((last >= k) & (begin <= k), v, broadcast(kMinusInfinity));
+      });
     }
     const Vec subtract = finite_maximum(m);
     Vec sums[kLanes] = {};  // by key modulo kLanes, as the other kernel's lanes have them

@@ -107,7 +107,12 @@ struct Pairs {
     std::memcpy(out + channel, &words, n * sizeof(Word));
   }
 
-  static UintVec from_probabilities(const Vec* p) { return zip(to_bfloat16(p[0]), to_bfloat16(p[1])); }
+  static UintVec from_probabilities(const Vec* p) {
+    alignas(64) static constexpr uint16_t kZip[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8,  24, 9,  25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i halves = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(p[1], p[0]));
+    return bit_cast<UintVec>(_mm512_permutexvar_epi16(_mm512_load_si512(kZip), halves));
+  }
   static void store_probabilities(Word* out, int64_t key, Vec p) { store(reinterpret_cast<BFloat16*>(out) + key, p); }
 
  private:

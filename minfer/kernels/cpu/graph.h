@@ -11,7 +11,7 @@ namespace minfer {
 class Graph {
  public:
   // Appends an op. `args` is copied.
-  void add(OpFunction function, const void* args, int64_t args_size);
+  void add(const Op& op, const void* args);
 
   // Makes one 8-byte field of the op added last follow `variables[variable]` of each run.
   void bind(int64_t field_offset, int64_t variable);
@@ -22,6 +22,7 @@ class Graph {
   struct Step {
     OpFunction function;
     int64_t args;  // index of the first word
+    Stream next;   // weights of the first op after this one that has any
   };
   struct Binding {
     int64_t word;

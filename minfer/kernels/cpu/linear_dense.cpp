@@ -30,7 +30,7 @@ constexpr int kStretch = 16;  // steps between fetches ahead
 constexpr int64_t kRollingBytes = 4096;
 
 struct BrainWeights {
-  static constexpr int kStep = 2, kVectorBytes = 64;
+  static constexpr int kStep = 2, kVectorBytes = 64, kRows = kBrainTileRows;
   static constexpr bool kInRuns = false;
   MINFER_INLINE static Floats step(Floats sum, Brains w, int32_t x) { return dot_brains(sum, w, x); }
   MINFER_INLINE static Brains load(const char* p) {
@@ -41,7 +41,7 @@ struct BrainWeights {
 };
 
 struct WideWeights {
-  static constexpr int kStep = 1;
+  static constexpr int kStep = 1, kRows = kTileRows;
   static constexpr bool kInRuns = true;
   MINFER_INLINE static Floats step(Floats sum, Floats w, int32_t x) {
     float value;
@@ -120,7 +120,7 @@ void tile(const Product& p, const char* weight, int64_t row, int64_t column, Ahe
   }
 }
 
-template <class W, bool kOnce, int kRows = kTileRows>
+template <class W, bool kOnce, int kRows = W::kRows>
 void tile_of(int64_t rows, const Product& p, const char* weight, int64_t row, int64_t column, Ahead& ahead) {
   if (rows == kRows) {
     tile<W, kOnce, kRows>(p, weight, row, column, ahead);
@@ -132,11 +132,11 @@ void tile_of(int64_t rows, const Product& p, const char* weight, int64_t row, in
 template <class W>
 void run(const Product& p, Pool& pool) {
   const int64_t panels = (p.n + kPanel - 1) / kPanel, bytes = p.steps * 2 * W::kVectorBytes;
-  const RowBlocks blocks(p.rows, p.steps * 4);
+  const RowBlocks blocks(p.rows, p.steps * 4, W::kRows);
   split(pool, panels * blocks.count, [&](int64_t item, bool more) {
     const int64_t panel = item % panels, first = item / panels * blocks.rows, count = at_most(blocks.rows, p.rows - first);
     const char* weight = p.weight + panel * bytes;
-    const int64_t tiles = (count + kTileRows - 1) / kTileRows;
+    const int64_t tiles = (count + W::kRows - 1) / W::kRows;
     const int64_t fetches = tiles * (2 / kTileVectors) * ((p.steps + kStretch - 1) / kStretch);
     Ahead ahead = {weight + bytes, weight + bytes * (more ? 2 : 1), (bytes / 64 + fetches - 1) / fetches};
     for (int64_t t = 0; t < tiles; ++t) {
@@ -194,9 +194,15 @@ void linear_dense(const LinearDenseArgs& args, Pool& pool) {
   }
 }
 
+Stream panels_of(const LinearDenseArgs& args) {
+  const int64_t step_bytes = args.dtype == kFloat32 ? 4 : args.dtype == kBFloat16 ? 4 : 2;
+  const int64_t steps = args.dtype == kBFloat16 ? (args.k + 1) / 2 : args.k;
+  return {static_cast<const char*>(args.weight), (args.n + kPanel - 1) / kPanel, steps * step_bytes * kPanel};
+}
+
 }  // namespace
 
 MINFER_OPS(linear_dense)
-MINFER_OP(linear_dense, LinearDenseArgs), MINFER_OPS_END
+MINFER_STREAMING_OP(linear_dense, LinearDenseArgs, panels_of), MINFER_OPS_END
 
 }  // namespace minfer::MINFER_ISA

@@ -67,7 +67,7 @@ void run(const Product& p, Pool& pool) {
   int64_t shift = 0;
   while (w.unit << shift < w.group) ++shift;
   const Expander<Path, kBits> expand(w);
-  const RowBlocks blocks(p.count, p.rows.stride);
+  const RowBlocks blocks(p.count, p.rows.stride, kTileRows);
   split(pool, panels * blocks.count, [&](int64_t item, bool more) {
     const int64_t panel = item % panels, first = item / panels * blocks.rows, count = at_most(blocks.rows, p.count - first);
     const char* codes = w.panels + panel * bytes;
@@ -149,9 +149,13 @@ void linear_quantized(const LinearQuantizedArgs& args, Pool& pool) {
   run_path({w, prepare(args, pool), args.rows, out}, pool);
 }
 
+Stream panels_of(const LinearQuantizedArgs& args) {
+  return {args.weight->panels, (args.weight->n + kPanel - 1) / kPanel, args.weight->panel_bytes()};
+}
+
 }  // namespace
 
 MINFER_OPS(linear_quantized)
-MINFER_OP(linear_quantized, LinearQuantizedArgs), MINFER_OPS_END
+MINFER_STREAMING_OP(linear_quantized, LinearQuantizedArgs, panels_of), MINFER_OPS_END
 
 }  // namespace minfer::MINFER_ISA

@@ -8,6 +8,7 @@ namespace {
 
 constexpr int kTileRows = 3;  // 3 rows x 1 vector of two halves: what 16 registers hold
 constexpr int kTileVectors = 1;
+constexpr int kBrainTileRows = kTileRows;
 
 struct Floats { __m256 a, b; };
 struct Ints { __m256i a, b; };

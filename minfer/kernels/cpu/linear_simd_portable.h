@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kTileRows = 2;
 constexpr int kTileVectors = 1;
+constexpr int kBrainTileRows = kTileRows;
 
 using Floats = float __attribute__((vector_size(64)));
 using Ints = int32_t __attribute__((vector_size(64)));

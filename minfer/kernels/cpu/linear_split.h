@@ -44,11 +44,11 @@ void split(Pool& pool, int64_t items, const Body& body) {
 // Rows of x in blocks that stay in the second-level cache while all panels pass by.
 struct RowBlocks {
   int64_t rows, count;
-  RowBlocks(int64_t total, int64_t row_bytes) {
+  RowBlocks(int64_t total, int64_t row_bytes, int64_t tile_rows) {
     constexpr int64_t kBytes = 384 * 1024, kMost = 512;
-    const int64_t wanted = at_most(kMost, at_least(kBytes / row_bytes, 4 * kTileRows));
+    const int64_t wanted = at_most(kMost, at_least(kBytes / row_bytes, 4 * tile_rows));
     count = (total + wanted - 1) / wanted;
-    rows = round_up((total + count - 1) / count, kTileRows);
+    rows = round_up((total + count - 1) / count, tile_rows);
     count = (total + rows - 1) / rows;
   }
 };

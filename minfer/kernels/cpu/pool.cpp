@@ -16,10 +16,14 @@
 namespace minfer {
 namespace {
 
-// Some 50 microseconds of pauses: longer than any gap between the ops of a step, shorter than anyone would notice.
-constexpr int kSpins = 3000;
+// Some 200 microseconds of pauses: longer than the host takes between a step, its head and the next one, shorter than anyone
+// would notice. Waking a worker costs a tenth of that.
+constexpr int kSpins = 12000;
 // A caller whose workers were put to sleep with a chunk in hand lets others have the core.
 constexpr int kSpinsBeforeYield = 2000;
+
+// Of what lies ahead each worker fetches at most this much: a part of the second-level cache of a small core.
+constexpr int64_t kExpectedBytes = 128 * 1024;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -57,6 +61,7 @@ Pool::Pool(int workers) : workers_(workers < 1 ? 1 : workers) {
   (void)registered;
   scratch_ = new Scratch;
   scratch_->buffers.resize(workers_ + 1);
+  expected_ = new Expected[workers_];
   start();
 }
 
@@ -72,6 +77,7 @@ Pool::~Pool() {
   }
   for (auto& buffer : scratch_->buffers) std::free(buffer.data);
   delete scratch_;
+  delete[] expected_;
 }
 
 void Pool::start() {
@@ -95,6 +101,29 @@ void* Pool::scratch(int worker, size_t bytes) {
   return buffer.data;
 }
 
+void Pool::expect(const Stream& stream) {
+  for (int worker = 0; worker < workers_; ++worker) {
+    const char* begin = stream.memory + stream.items * worker / workers_ * stream.item_bytes;
+    const char* end = stream.memory + stream.items * (worker + 1) / workers_ * stream.item_bytes;
+    expected_[worker].end.store(end - begin > kExpectedBytes ? begin + kExpectedBytes : end, std::memory_order_relaxed);
+    expected_[worker].begin.store(begin, std::memory_order_relaxed);
+  }
+}
+
+// One turn of a spin: two cache lines of what is expected, or else a pause.
+void Pool::wait(int worker) {
+  Expected& expected = expected_[worker];
+  const char* begin = expected.begin.load(std::memory_order_relaxed);
+  if (begin != expected.seen) expected.seen = expected.next = begin;
+  if (expected.next < expected.end.load(std::memory_order_relaxed)) {
+    __builtin_prefetch(expected.next, 0, 2);
+    __builtin_prefetch(expected.next + 64, 0, 2);
+    expected.next += 128;
+  } else {
+    relax();
+  }
+}
+
 void Pool::run(Call call, const void* context, int64_t chunks) {
   if (fork_generation_ != fork_generation.load(std::memory_order_relaxed)) start();
   call_.store(call, std::memory_order_relaxed);
@@ -110,7 +139,7 @@ void Pool::run(Call call, const void* context, int64_t chunks) {
   work(0, ticket);
   for (int spins = 0; done_.load(std::memory_order_acquire) < chunks; ++spins) {
     if (spins < kSpinsBeforeYield) {
-      relax();
+      wait(0);
     } else {
       sched_yield();
     }
@@ -137,7 +166,7 @@ void Pool::loop(int worker) {
   for (;;) {
     uint64_t ticket = ticket_.load(std::memory_order_acquire);
     for (int spins = 0; loop_of(ticket) == seen && spins < kSpins; ++spins) {
-      relax();
+      wait(worker);
       ticket = ticket_.load(std::memory_order_acquire);
     }
     if (loop_of(ticket) == seen) {

@@ -7,7 +7,9 @@
 // worker has reported. The calling thread works too (as worker 0). Which worker runs a chunk is unspecified: results must
 // not depend on it, nor on the number of workers.
 //
-// Workers spin briefly for the next loop, then park. A loop inside a loop is not allowed. One thread at a time may use a
+// Workers spin briefly for the next loop, then park. While they spin they fetch the weights that they will need next, if
+// they were told which (`expect`): between two products memory would otherwise lie idle, for as long as the small ops take
+// and for the first few hundred nanoseconds of the product. A loop inside a loop is not allowed. One thread at a time may use a
 // pool; `Pool::Use` is the lock for that.
 #pragma once
 
@@ -15,6 +17,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
+
+#include "abi.h"
 
 namespace minfer {
 
@@ -38,6 +42,9 @@ class Pool {
         chunks);
   }
 
+  // Tells the workers what the next op with weights will read; nothing at all if `stream` is empty.
+  void expect(const Stream& stream);
+
   // Scratch memory of one worker, 64-byte aligned, kept between calls and grown on demand; its contents are unspecified.
   // Worker w may only ask for its own, from inside a loop; outside of loops the caller may ask for any.
   void* scratch(int worker, size_t bytes);
@@ -56,6 +63,15 @@ class Pool {
   struct Threads;
   struct Scratch;
 
+  // What one worker is told to expect, and how far it has come. The caller's thread writes begin and end, the worker the rest:
+  // a worker that meets one of them old and the other new fetches something useless, once.
+  struct alignas(64) Expected {
+    std::atomic<const char*> begin{nullptr}, end{nullptr};
+    const char* seen = nullptr;  // the begin that `next` counts from
+    const char* next = nullptr;
+  };
+
+  void wait(int worker);
   void run(Call call, const void* context, int64_t chunks);
   void work(int worker, uint64_t ticket);
   void loop(int worker);
@@ -76,6 +92,7 @@ class Pool {
   int fork_generation_ = 0;
   Threads* threads_ = nullptr;
   Scratch* scratch_ = nullptr;
+  Expected* expected_ = nullptr;  // [workers]
   std::mutex use_;
 };
 

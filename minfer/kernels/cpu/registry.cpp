@@ -79,7 +79,7 @@ EXPORT void minfer_call(const minfer::Op* op, const void* args, minfer::Pool* po
 EXPORT minfer::Graph* minfer_graph_create() { return new minfer::Graph; }
 EXPORT void minfer_graph_destroy(minfer::Graph* graph) { delete graph; }
 EXPORT void minfer_graph_add(minfer::Graph* graph, const minfer::Op* op, const void* args) {
-  graph->add(op->run, args, op->args_size);
+  graph->add(*op, args);
 }
 EXPORT void minfer_graph_bind(minfer::Graph* graph, int64_t field_offset, int64_t variable) {
   graph->bind(field_offset, variable);

@@ -60,8 +60,26 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 // mask ? a : b, lane by lane; comparisons of vectors give the mask.
 inline Vec select(IntVec mask, Vec a, Vec b) { return mask ? a : b; }
 inline IntVec select(IntVec mask, IntVec a, IntVec b) { return mask ? a : b; }
-inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
-inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+
+// a > b ? a : b and a < b ? a : b: b where one of them is NaN.
+inline Vec max(Vec a, Vec b) {
+#if defined(MINFER_ISA_avx512)
+  return _mm512_max_ps(a, b);
+#elif defined(MINFER_ISA_avx2)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline Vec min(Vec a, Vec b) {
+#if defined(MINFER_ISA_avx512)
+  return _mm512_min_ps(a, b);
+#elif defined(MINFER_ISA_avx2)
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 // 16-bit lanes to 32 bits, filled up with zeros. GCC 12 makes three instructions a half of the plain conversion.
 inline UintVec widen(HalfVec h) {
@@ -190,9 +208,13 @@ inline float max_lane(Vec v) {
   return best;
 }
 
-// e^x within 2 units in the last place; 0 below -87.3 (no subnormals), infinity above 88.72, NaN for NaN.
+// e^x within 2 units in the last place; below -87.3 it may be 0 or subnormal, below -104 it is 0; infinity above 88.73, NaN for NaN.
 inline Vec exp(Vec x) {
+#if defined(MINFER_ISA_avx512)  // vscalefps overflows, underflows and keeps a NaN by itself
+  const Vec clamped = max(broadcast(-104.0f), min(broadcast(89.0f), x));
+#else
   const Vec clamped = min(x, broadcast(88.72f));
+#endif
   // Adding 1.5 x 2^23 rounds to the nearest whole number and leaves it in the low bits.
   const Vec magic = broadcast(12582912.0f);
   const Vec shifted = fma(clamped, broadcast(1.44269504f), magic);
@@ -206,9 +228,13 @@ inline Vec exp(Vec x) {
   p = fma(p, r, broadcast(1.6666665459e-1f));
   p = fma(p, r, broadcast(5.0000001201e-1f));
   p = fma(p, r * r, r + broadcast(1.0f));
+#if defined(MINFER_ISA_avx512)
+  return _mm512_scalef_ps(p, n);
+#else
   const Vec scaled = bit_cast<Vec>(bit_cast<IntVec>(p) + (bit_cast<IntVec>(shifted) << 23));
   const Vec finite = select(x > broadcast(88.72f), broadcast(__builtin_inff()), scaled);
   return select(x < broadcast(-87.3f), Vec{}, select(x == x, finite, x));
+#endif
 }
 
 // Calls body with a value of the C++ type that `dtype` names. Python has checked that it is one of the three.
