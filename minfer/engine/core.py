@@ -83,7 +83,7 @@ class EngineCore:
             prefix_caching=config.prefix_caching,
         )
         self.runner = ModelRunner(loaded.model, loaded.cache, _builder(loaded), _graph(loaded, loaded.model, loaded.cache))
-        self.sampler = Sampler(loaded.model_config.vocab_size, loaded.device, processors, loaded.ops.argmax)
+        self.sampler = Sampler(loaded.model_config.vocab_size, loaded.device, processors, loaded.ops.argmax, loaded.ops.sample)
         proposer = _proposer(loaded, self.scheduler, processors)
         self.speculation = None if proposer is None else Speculation(proposer, config.num_draft_tokens, config.adaptive_drafts)
         self.times = StepTimes()
@@ -197,7 +197,7 @@ def _proposer(loaded: LoadedModel, scheduler: Scheduler, processors: Sequence[Lo
         return NgramProposer(config.ngram_min_match)
     if draft is None:
         return None
-    sampler = Sampler(loaded.model_config.vocab_size, loaded.device, processors, loaded.ops.argmax)
+    sampler = Sampler(loaded.model_config.vocab_size, loaded.device, processors, loaded.ops.argmax, loaded.ops.sample)
     graph = _graph(loaded, draft.model, draft.cache)
     runner = ModelRunner(draft.model, draft.cache, _builder(loaded), graph)
     return DraftModelProposer(runner, sampler, scheduler.reserve, config.max_num_batched_tokens)

@@ -105,6 +105,10 @@ class Ops:
             implementation: Callable[..., Any] = getattr(backend, op)
             setattr(self, "_" + op, implementation)
             self.chosen[op] = backend.name
+        # (logits [S, V] float32, wishes [S, 5] float64: a number in [0, 1), temperature, top-k or 0, top-p, min-p) -> tokens [S] int64, -1
+        # where a row has no distribution. None where no backend has it: the sampler then composes the draw from torch operations.
+        sample = next((b for b in backends if hasattr(b, "sample")), None)
+        self.sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = getattr(sample, "sample", None)
         logger.info("kernels: %s", ", ".join(f"{op}={name}" for op, name in self.chosen.items()))
 
     def check_kv_format(self, name: str) -> None:

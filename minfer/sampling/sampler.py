@@ -1,7 +1,8 @@
 """`Sampler`: one batched call from logits to tokens.
 
 Rows are grouped by what they need, and a group pays for its own needs only: greedy rows share one argmax, rows with a
-temperature and no filter share one inverse-CDF draw without any sort, filtered rows share one ranking of a few candidates.
+temperature and no filter share one inverse-CDF draw without any sort, filtered rows share one ranking of a few candidates. Where
+the op table has a compiled `sample`, all but typical-p rows go there instead.
 Which group a row is in, and all that is summed for it, depends on its own parameters and logits, never on the batch.
 """
 
@@ -46,7 +47,7 @@ class Sampler:
     """Holds the processors and their state for one engine; `vocab_size` is the logits' width.
 
     `processors` run after the built-in ones, in order, on every call. `argmax` is the op table's: logits [S, V] -> the lowest
-    best ids [S].
+    best ids [S]. `draw` is the op table's `sample`, or None where every draw is composed from torch operations.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Sampler:
         device: torch.device | str = "cpu",
         processors: Sequence[LogitsProcessor] = (),
         argmax: Callable[[Tensor], Tensor] | None = None,
+        draw: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         if vocab_size < 1:
             raise ConfigError(f"vocab_size must be at least 1, not {vocab_size}")
@@ -63,6 +65,7 @@ class Sampler:
         self.processors: tuple[LogitsProcessor, ...] = (LogitBias(), BadWords(), MinTokens(), Penalties(vocab_size), *processors)
         self._own_processors = tuple(processors)
         self._argmax = argmax
+        self._draw = draw
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> SamplerOutput:
@@ -79,10 +82,12 @@ class Sampler:
         raw = logits[scored] if scored else None
         for processor in self.processors:
             processor(logits, rows)
-        maxima = block_maxima(logits)
-        best = maxima.amax(-1)
-        usable = best.isfinite()
-        tokens = torch.where(usable, self._pick(logits, maxima, best, rows), -1).tolist()
+        if self._draw is not None and all(row.params.typical_p >= 1 for row in rows):
+            tokens = self._draw(logits, torch.tensor(_wishes(rows), dtype=torch.float64)).tolist()
+        else:
+            maxima = block_maxima(logits)
+            best = maxima.amax(-1)
+            tokens = torch.where(best.isfinite(), self._pick(logits, maxima, best, rows), -1).tolist()
         failed = [index for index, token in enumerate(tokens) if token < 0]
         tokens = [max(token, 0) for token in tokens]
         logprobs: list[RowLogprobs | None] = [None] * len(rows)
@@ -196,6 +201,12 @@ def _first_bound(maxima: Tensor, best: Tensor, rows: Sequence[SamplingRow], filt
         k = torch.tensor(ks, device=best.device)
         bound = torch.where(k > 0, kth_bound(maxima, k.clamp(min=1), max(ks)), bound)
     return bound.masked_fill(~best.isfinite(), math.inf)
+
+
+def _wishes(rows: Sequence[SamplingRow]) -> list[tuple[float, ...]]:
+    """A row each of what the op table's `sample` wants to know."""
+    drawn = zip(rows, _uniforms(rows), strict=True)
+    return [(u, 0 if p.greedy else p.temperature, max(p.top_k, 0), p.top_p, p.min_p) for row, u in drawn for p in (row.params,)]
 
 
 def _top_k(params: SamplingParams, vocab_size: int) -> int:

@@ -52,6 +52,7 @@ class CpuBackend(Backend):
         )
         self._silu_mul = runtime.op("silu_mul", "ptr x, ptr out, int rows, int width, int x_stride, int dtype")
         self._argmax = runtime.op("argmax", "ptr x, ptr out, int rows, int width, int x_stride, int dtype")
+        self._sample = runtime.op("sample", "ptr logits, ptr wishes, ptr out, int rows, int width, int x_stride")
 
     def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
         return self.linear_kernels.prepare(weight, dtype)
@@ -128,6 +129,14 @@ class CpuBackend(Backend):
         rows, width = logits.shape
         out = self.runtime.empty((rows,), torch.int64)
         self._argmax(self.runtime.ptr(logits), self.runtime.ptr(out), rows, width, _row_stride(logits, "logits"), _code(logits))
+        return out
+
+    def sample(self, logits: torch.Tensor, wishes: torch.Tensor) -> torch.Tensor:
+        rows, width = logits.shape
+        if logits.dtype != torch.float32 or wishes.dtype != torch.float64 or wishes.shape != (rows, 5) or not wishes.is_contiguous():
+            raise ConfigError(f"sample takes float32 logits and float64 wishes [{rows}, 5], not {logits.dtype} and {list(wishes.shape)}")
+        out = self.runtime.empty((rows,), torch.int64)
+        self._sample(*map(self.runtime.ptr, (logits, wishes, out)), rows, width, _row_stride(logits, "logits"))
         return out
 
 

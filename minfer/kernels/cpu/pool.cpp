@@ -17,7 +17,7 @@ namespace minfer {
 namespace {
 
 // Some 200 microseconds of pauses: longer than the host takes between a step, its head and the next one, shorter than anyone
-// would notice. Waking a worker costs a tenth of that.
+// would notice. A worker that has parked takes tens of microseconds to come back.
 constexpr int kSpins = 12000;
 // A caller whose workers were put to sleep with a chunk in hand lets others have the core.
 constexpr int kSpinsBeforeYield = 2000;

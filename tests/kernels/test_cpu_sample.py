@@ -1,0 +1,97 @@
+"""The compiled draw against float64 numpy that sorts everything, on every instruction set."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from minfer.errors import ConfigError
+from minfer.kernels.cpu import CpuBackend
+
+Row = NDArray[np.float64]
+SLACK = 1e-5  # of the mass: within it of a boundary, float32 weights may choose the neighbour
+
+
+def draw(logits: Row, uniform: float, temperature: float, top_k: int, top_p: float, min_p: float) -> int:
+    """One token by the definition: filters in the order top-k, top-p, min-p over ranks; without any, in id order."""
+    if temperature == 0:
+        return int(logits.argmax())
+    weights = np.exp((logits - logits.max()) / temperature)
+    order = np.arange(len(logits))
+    if top_k or top_p < 1 or min_p:
+        order = np.lexsort((order, -logits))[: top_k or None]
+        total = weights[order].sum() if top_k else weights.sum()
+        weights = weights[order]
+        before = np.cumsum(weights) - weights
+        kept = ((before < top_p * total) | (top_p >= 1)) & (weights >= min_p)
+        order, weights = order[kept], weights[kept]
+    return int(order[np.searchsorted(np.cumsum(weights), uniform * weights.sum(), side="right").clip(max=len(order) - 1)])
+
+
+def logits_of(rows: int, width: int, spread: float, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(rows, width + 3, generator=generator) * spread)[:, :width]
+
+
+@pytest.mark.parametrize("width", [1, 2, 63, 64, 65, 200, 5000])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0])
+def test_draws(cpu: CpuBackend, width: int, spread: float) -> None:
+    filters = list(itertools.product((0, 1, 7, 100, width), (1.0, 0.9, 0.3), (0.0, 0.05)))
+    uniforms = (0.0, 0.123, 0.5, 0.77, 0.999999)
+    wishes = [(u, t, float(k), p, m) for u in uniforms for t in (0.6, 1.7) for k, p, m in filters]
+    logits = logits_of(len(wishes), width, spread, width)
+    tokens = cpu.sample(logits, torch.tensor(wishes, dtype=torch.float64)).tolist()
+    for row, wish, token in zip(logits.double().numpy(), wishes, tokens, strict=True):
+        u, t, k, p, m = wish
+        shifts = itertools.product((-SLACK, 0, SLACK), (-SLACK, 0, SLACK))
+        allowed = {draw(row, min(max(u + du, 0), 1), t, int(k) if k < width else 0, p + dp if p < 1 else 1, m) for du, dp in shifts}
+        assert token in allowed, wish
+
+
+def test_a_draw_is_never_a_masked_token_and_never_past_the_end(cpu: CpuBackend) -> None:
+    logits = logits_of(4, 130, 2.0, 1)
+    allowed = [3, 64, 129]
+    logits[:, [i for i in range(130) if i not in allowed]] = -torch.inf
+    largest = np.nextafter(1.0, 0.0)
+    wishes = [(largest, 1.0, 0.0, 1.0, 0.0), (largest, 1.0, 50.0, 1.0, 0.0), (largest, 1.0, 0.0, 0.999, 0.0), (0.0, 1e-35, 0.0, 1.0, 0.0)]
+    for token in cpu.sample(logits, torch.tensor(wishes, dtype=torch.float64)).tolist():
+        assert token in allowed
+
+
+def test_greedy_takes_the_lowest_id_among_equals(cpu: CpuBackend) -> None:
+    logits = torch.zeros(2, 1000)
+    logits[0, [700, 701, 999]] = 5.0
+    assert cpu.sample(logits, torch.tensor([(0.9, 0.0, 0.0, 1.0, 0.0)] * 2, dtype=torch.float64)).tolist() == [700, 0]
+
+
+def test_rows_without_a_distribution_are_told_and_harm_no_other(cpu: CpuBackend) -> None:
+    logits = logits_of(6, 100, 1.0, 2)
+    logits[0, 99] = torch.nan
+    logits[1, 5] = torch.nan
+    logits[2, 50] = torch.inf
+    logits[3] = -torch.inf
+    wishes = torch.tensor([(0.5, 1.0, 0.0, 1.0, 0.0)] * 5 + [(0.5, 0.0, 0.0, 1.0, 0.0)], dtype=torch.float64)
+    tokens = cpu.sample(logits, wishes).tolist()
+    assert tokens[:4] == [-1] * 4
+    assert tokens[4] == cpu.sample(logits[4:5], wishes[4:5]).item()
+    assert tokens[5] == logits[5].argmax().item()
+
+
+def test_frequencies_are_the_distribution(cpu: CpuBackend) -> None:
+    """Evenly spread uniforms reach each of the tokens that top-k leaves as often as its probability says."""
+    count = 4000
+    logits = logits_of(1, 300, 1.5, 3).expand(count, -1)
+    wishes = torch.tensor([((i + 0.5) / count, 0.8, 20.0, 1.0, 0.0) for i in range(count)], dtype=torch.float64)
+    got = torch.bincount(cpu.sample(logits, wishes), minlength=300) / count
+    top = logits[0].double().topk(20)
+    expected = torch.zeros(300, dtype=torch.float64).scatter(0, top.indices, (top.values / 0.8).softmax(0))
+    assert (got - expected).abs().max() < 1.01 / count
+
+
+def test_wrong_types_are_an_error(cpu: CpuBackend) -> None:
+    with pytest.raises(ConfigError, match="float64 wishes"):
+        cpu.sample(torch.zeros(1, 8), torch.zeros(1, 4, dtype=torch.float64))
