@@ -1,4 +1,5 @@
-"""The command line: `minfer generate`, `chat`, `serve`, `bench`, `perplexity`, `inspect`, `list`, `env`.
+"""The command line: `minfer generate`, `chat`, `serve`; `pull`, `list`, `show`, `rm`, `fit`, `inspect`, `quantize`; `ps`; `bench`,
+`perplexity`; `env`, `doctor`.
 
 One file per command; `options.py` makes the flags out of the dataclasses they fill, `command.py` gives every command the same
 manners (`--json`, `-v`, exit codes, errors in one sentence). Heavy things (torch, the engine, the server) are imported inside

@@ -11,11 +11,15 @@ import typer
 from minfer import __version__
 from minfer.cli.bench import bench
 from minfer.cli.chat import chat
+from minfer.cli.doctor import doctor
 from minfer.cli.env import env
+from minfer.cli.fit import fit
 from minfer.cli.generate import generate
 from minfer.cli.inspect_model import inspect_model
 from minfer.cli.list_models import list_models
+from minfer.cli.models import pull, rm, show
 from minfer.cli.perplexity import perplexity
+from minfer.cli.ps import ps
 from minfer.cli.quantize import quantize
 from minfer.cli.serve import serve
 from minfer.cli.terminal import Terminal
@@ -35,8 +39,14 @@ app.command("bench")(bench)
 app.command("perplexity")(perplexity)
 app.command("quantize")(quantize)
 app.command("inspect")(inspect_model)
+app.command("fit")(fit)
 app.command("list")(list_models)
+app.command("pull")(pull)
+app.command("show")(show)
+app.command("rm")(rm)
+app.command("ps")(ps)
 app.command("env")(env)
+app.command("doctor")(doctor)
 
 # The base of all complaints about a command line. typer carried click as a package of its own once, and holds a copy now.
 _UsageError = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")

@@ -31,6 +31,12 @@ def cached_folder(repo: str, revision: str | None = None) -> Path | None:
         return None
 
 
+def repository_folder(repo: str) -> Path | None:
+    """The cache's folder of a repository with all its snapshots, or None."""
+    folder = Path(_hub().constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    return folder if folder.is_dir() else None
+
+
 def missing_weights(folder: Path) -> str | None:
     """Why a snapshot can't be loaded: the name of a file that an interrupted download left out; None when it is whole."""
     if not (folder / "config.json").is_file():

@@ -6,6 +6,7 @@ sockets.py      the listening socket, connections on which nothing happens, TLS
 app.py          create_app(): the routes; errors.py: OpenAI's error bodies
 front.py        what a request passes before them: middleware.py (ids, API key, sizes), keys.py, origins.py (browsers),
                 admission.py (the queue, the rate of a key)
+registry.py     the note from which `minfer ps` knows this server
 slot.py         ModelSlot: where the model is, or will be
 protocol.py     request bodies; structured.py: the form of the output in its many spellings
 job.py          a checked request; generation.py: a job in the engine, its outputs and usage

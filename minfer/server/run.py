@@ -33,9 +33,10 @@ from minfer.server.app import create_app
 from minfer.server.job import sampling_defaults
 from minfer.server.keys import ApiKeys, load_keys
 from minfer.server.options import ServerOptions
+from minfer.server.registry import announce, withdraw
 from minfer.server.slot import ModelSlot
 from minfer.server.sockets import bind, protocol, tls_settings
-from minfer.server.startup import base_url, exposure_warning, first_screen
+from minfer.server.startup import base_url, exposure_warning, facts, first_screen
 
 logger = logging.getLogger("minfer.server")
 
@@ -72,6 +73,7 @@ def run_server(config: EngineConfig, options: ServerOptions) -> None:
         # A daemon: a signal while it loads must not wait for it.
         threading.Thread(target=_load, args=(slot, config, options), name="minfer-load", daemon=True).start()
         asyncio.run(_serve(server, listener, slot, options, keys, port))
+    withdraw()
     if slot.llm is not None:
         slot.llm.shutdown((options.watchdog_seconds or None) if slot.error is None else LAST_WORDS_SECONDS)
     if slot.error is not None:
@@ -115,6 +117,7 @@ async def _watch(server: Any, slot: ModelSlot, options: ServerOptions, keys: Api
         elif llm is not None and not announced:
             announced = True
             _say(first_screen(slot, llm, options, keys, port))
+            announce(facts(slot, llm, options, port))
         elif llm is not None and not llm.is_running:
             slot.fail(EngineDeadError(f"the engine stopped after an error, so the server stops too: {llm.end}"))
             await asyncio.sleep(LAST_WORDS_SECONDS)

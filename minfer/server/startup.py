@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from minfer.engine.async_llm import AsyncLLM
 from minfer.runner.load import describe_kv_cache
 from minfer.server.job import sampling_defaults
@@ -45,3 +47,17 @@ def first_screen(slot: ModelSlot, llm: AsyncLLM, options: ServerOptions, keys: A
         f"  try it    curl {url}/v1/chat/completions{auth} -H 'content-type: application/json' -d '{body}'",
     ]
     return "\n".join(lines if warning is None else [*lines, warning])
+
+
+def facts(slot: ModelSlot, llm: AsyncLLM, options: ServerOptions, port: int) -> dict[str, Any]:
+    """What `minfer ps` is told once: where to ask, and what doesn't change."""
+    loaded = llm.engine.core.loaded
+    cache = loaded.cache
+    return {
+        "model": slot.name,
+        "url": base_url(options, port),
+        "device": loaded.device.type,
+        "weights_bytes": loaded.checkpoint.describe().num_bytes,
+        "kv_cache_bytes": cache.num_blocks * cache.block_bytes(loaded.model_config, llm.config.block_size, cache.dtype),
+        "context": loaded.max_model_len,
+    }

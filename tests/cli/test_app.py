@@ -9,7 +9,7 @@ import pytest
 
 import minfer as package
 
-COMMANDS = ["generate", "chat", "serve", "bench", "perplexity", "inspect", "list", "env"]
+COMMANDS = ["generate", "chat", "serve", "bench", "perplexity", "inspect", "fit", "list", "pull", "show", "rm", "ps", "env", "doctor"]
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:

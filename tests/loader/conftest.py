@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -157,8 +157,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextmanager
-def _serve(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[tuple[str, list[str]]]:
-    """Yields the endpoint's address and the list of files that were downloaded, as it grows."""
+def _serve(repositories: Mapping[str, Mapping[str, bytes]], cut: Collection[str] = ()) -> Iterator[tuple[str, list[str]]]:
+    """Yields the endpoint's address and the list of files that were downloaded, as it grows.
+
+    The connection breaks in the middle of a file whose name is in `cut`, when it is asked for the first time.
+    """
     fetched: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -190,14 +193,25 @@ def _serve(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[tuple[st
                 return
             if body:
                 fetched.append(file.partition("/")[2])
-            self.reply(200, content, {"ETag": f'"{oid(content)}"', "X-Repo-Commit": COMMIT}, body)
+            headers = {"ETag": f'"{oid(content)}"', "X-Repo-Commit": COMMIT}
+            asked = self.headers.get("Range", "")
+            if asked.startswith("bytes=") and body:
+                start = int(asked.removeprefix("bytes=").partition("-")[0])
+                fetched[-1] += f" from byte {start}"
+                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+                self.reply(206, content[start:], headers, body)
+                return
+            self.reply(200, content, headers, body)
 
         def reply(self, status: int, content: bytes, headers: Mapping[str, str], body: bool) -> None:
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(content))}.items():
                 self.send_header(name, value)
             self.end_headers()
-            if body:
+            if body and status == 200 and fetched and fetched[-1] in cut and fetched.count(fetched[-1]) == 1:
+                self.wfile.write(content[: len(content) // 2])
+                self.close_connection = True
+            elif body:
                 self.wfile.write(content)
 
         def log_message(self, *_: object) -> None:
@@ -215,7 +229,8 @@ def _serve(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[tuple[st
 
 
 def oid(content: bytes) -> str:
-    return hashlib.sha1(content).hexdigest()
+    """What the hub calls a file by: the sha256 of a large one, git's name for a small one's blob."""
+    return hashlib.sha256(content).hexdigest() if len(content) > 4096 else hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @pytest.fixture
