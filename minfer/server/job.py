@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,8 +78,7 @@ async def completion_job(llm: AsyncLLM, request: CompletionRequest, options: Ser
     prompts = split_prompts(request.prompt)
     if len(prompts) * params.n > options.max_request_sequences:  # before the work of tokenising them
         raise too_many_sequences(len(prompts), params.n, options)
-    special = request.add_special_tokens is not False
-    tokenized = await asyncio.to_thread(lambda: [_tokenize(llm, prompt, special) for prompt in prompts])
+    tokenized = await asyncio.to_thread(lambda: [_tokenize(llm, prompt, request, limit) for prompt in prompts])
     return _job("cmpl", llm, request, params, tokenized, options, score_only)
 
 
@@ -123,7 +122,8 @@ def _job(
 
 
 def _apply_template(llm: AsyncLLM, request: ChatCompletionRequest, tools: Tools | None) -> TokenizedPrompt:
-    return TokenizedPrompt(None, llm.engine.inputs.tokenize(chat_ids(llm, request, tools))[1])
+    ids = _truncated(llm, chat_ids(llm, request, tools), request, request.token_limit)
+    return TokenizedPrompt(None, llm.engine.inputs.tokenize(ids)[1])
 
 
 def chat_ids(llm: AsyncLLM, request: ChatInput, tools: Tools | None) -> list[int]:
@@ -156,11 +156,22 @@ def split_prompts(prompt: str | list[int] | list[str] | list[list[int]], param: 
     return [items] if isinstance(items[0], int) else items
 
 
-def _tokenize(llm: AsyncLLM, prompt: str | Sequence[int], special: bool) -> TokenizedPrompt:
-    tokenize: Callable[[Any], tuple[str | None, list[int]]] = llm.engine.inputs.tokenize
-    if isinstance(prompt, str) and not special and llm.tokenizer is not None:
-        return TokenizedPrompt(prompt, tokenize(llm.tokenizer.encode(prompt, add_special_tokens=False))[1])
-    return TokenizedPrompt(*tokenize(prompt))
+def _tokenize(llm: AsyncLLM, prompt: str | list[int], request: CompletionRequest, limit: int) -> TokenizedPrompt:
+    inputs, truncates = llm.engine.inputs, request.truncate_prompt_tokens is not None
+    if llm.tokenizer is None or (isinstance(prompt, str) and not truncates and request.add_special_tokens is not False):
+        return TokenizedPrompt(*inputs.tokenize(prompt))
+    if not isinstance(prompt, str):
+        return TokenizedPrompt(None, inputs.tokenize(_truncated(llm, prompt, request, limit))[1])
+    ids = llm.tokenizer.encode(prompt, add_special_tokens=request.add_special_tokens is not False)
+    return TokenizedPrompt(None if truncates else prompt, inputs.tokenize(_truncated(llm, ids, request, limit))[1])
+
+
+def _truncated(llm: AsyncLLM, ids: list[int], request: GenerationRequest, limit: int | None) -> list[int]:
+    """The prompt's last tokens, where the request says that the others may go; nothing is ever cut unasked."""
+    keep = request.truncate_prompt_tokens
+    if keep == -1:
+        keep = max(1, llm.engine.inputs.max_model_len - (1 if limit is None else max(1, limit)))
+    return ids if keep is None else ids[-keep:]
 
 
 def _check_context(max_model_len: int, prompt_tokens: int, max_tokens: int | None, place: str) -> None:

@@ -37,7 +37,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prompt_embeds": (),
     "logits_processors": ([],),
     "allowed_token_ids": (),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "early_stopping": (False,),
@@ -129,6 +128,7 @@ class GenerationRequest(Body):
     ignore_eos: bool | None = None
     seed: int | None = None
     prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None  # keep so many of the prompt's last tokens; -1: as many as fit
     skip_special_tokens: bool | None = None
 
     # Forms of the output, see structured.py.
@@ -163,6 +163,8 @@ class GenerationRequest(Body):
                 raise RequestError(f"{name} is not supported yet; leave it out", param=name, code="unsupported_parameter")
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is for streams; set stream to true, or leave it out", param="stream_options")
+        if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens != -1 and self.truncate_prompt_tokens < 1:
+            raise RequestError("truncate_prompt_tokens must be at least 1, or -1 for as many as fit", param="truncate_prompt_tokens")
         if self.prompt_logprobs is not None and self.stream:
             raise RequestError("prompt_logprobs can't be streamed; set stream to false", param="prompt_logprobs")
 

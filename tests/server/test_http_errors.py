@@ -56,6 +56,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETE, {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
     (COMPLETE, {"prompt": "a", "stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
     (COMPLETE, {"prompt": ["a"] * 2000}, "prompt"),
+    (COMPLETE, {"prompt": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+    (CHAT, {"messages": HELLO, "truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
     (CHAT, {"messages": []}, "messages"),
     (CHAT, {"messages": "hi"}, "messages"),
     (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content"),
@@ -82,7 +84,6 @@ UNSUPPORTED = [
     {"modalities": ["audio"]},
     {"audio": {"voice": "x"}},
     {"chat_template": "{{ 1 }}"},
-    {"truncate_prompt_tokens": 5},
     {"use_beam_search": True},
 ]
 

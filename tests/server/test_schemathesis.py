@@ -65,6 +65,7 @@ def test_no_server_error(client: httpx.Client, llm: AsyncLLM) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.filterwarnings("ignore")
 def test_no_server_error_in_thousands(client: httpx.Client, llm: AsyncLLM) -> None:
     assert fuzz(client, 260, derandomize=False) >= 2000
