@@ -19,6 +19,7 @@ LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 KVCacheDType = Literal["auto", "fp32", "bf16", "fp16", "fp8", "fp8_e5m2", "int8", "int4"]
 Device = Literal["auto", "cpu", "cuda"]
 Quant = Literal["auto", "none", "awq", "gptq", "fp8", "int8", "int4", "nf4", "mxfp4", "smoothquant"]
+CALIBRATED = ("awq", "gptq", "smoothquant")  # values of quant that have to see a model's inputs first
 Activations = Literal["auto", "int8", "none"]
 PolicyName = Literal["fcfs", "priority", "fair"]
 Speculative = Literal["none", "ngram", "draft"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from minfer.cli.terminal import Terminal
-from minfer.config import EngineConfig
+from minfer.config import CALIBRATED, EngineConfig
 from minfer.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 def load_llm(terminal: Terminal, config: EngineConfig) -> tuple[LLM, dict[str, float]]:
     """The model, ready to run, and the seconds of each phase of loading; the first is the import of torch and the engine."""
     started = time.perf_counter()
-    with terminal.busy(f"loading {config.model}"):
+    # Calibrating shows bars, which a spinner would fight for the line.
+    with contextlib.nullcontext() if config.quant in CALIBRATED else terminal.busy(f"loading {config.model}"):
         from minfer.engine.llm import LLM
 
         phases = {"import": time.perf_counter() - started}

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from minfer.config import CALIBRATED
 from minfer.loader.gguf import PLAIN
-from minfer.loader.quantize_on_load import CALIBRATED, RECIPES
+from minfer.loader.quantize_on_load import RECIPES
 from minfer.quant.gguf import unpack_gguf
 from minfer.quant.readers import INSTEAD, METHODS
 
@@ -24,6 +25,8 @@ Whatever is damaged is refused with a sentence that names the file and the tenso
 ## Quantised safetensors folders
 
 The method is read from `quantization_config` in config.json, or from the file that older tools wrote beside it; no flag is needed.
+Scales may be of the matrix, a row, a group, or a block of rows and inputs. A measured scale of the inputs (`input_scale`) is accepted and
+not used: inputs meet the weights as they are, or rounded to int8 under a scale found on the spot.
 """
 GGUF_INTRO = """
 ## GGUF

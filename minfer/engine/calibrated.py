@@ -8,18 +8,21 @@ entry whose files don't match the list is removed and made again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import shutil
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minfer.config import EngineConfig
+from minfer.config import CALIBRATED, EngineConfig
+from minfer.engine.progress import Progress, progress_bar
 from minfer.errors import ConfigError, ModelLoadError
-from minfer.loader import CALIBRATED, Checkpoint, open_checkpoint, quantised_twin, resolve_model
+from minfer.loader import Checkpoint, open_checkpoint, quantised_twin, resolve_model
 from minfer.loader.weight_cache import entry_folder, file_identity
 from minfer.quantize import LayerReport, Recipe, quantize_model
 
@@ -72,13 +75,20 @@ def _make(config: EngineConfig, checkpoint: Checkpoint, recipe: Recipe, folder: 
         length = min(SAMPLE_TOKENS, checkpoint.config.max_position_embeddings - 1)
         plain = dataclasses.replace(config, quant="auto", max_model_len=length + 1)
         llm = LLM(**{field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)})
-        return self_samples(llm, SAMPLES, length, show_progress=False)
+        return self_samples(llm, SAMPLES, length, show_progress=watched)
 
-    def on_layer(report: LayerReport) -> None:
-        on_phase(f"quantise to {recipe.method}: layer {report.layer + 1} of {report.layers}")
-
+    watched = sys.stderr.isatty()
     logger.warning("quantising %s to %s, once; the result is kept in %s", checkpoint.source.name, recipe.label, folder)
-    quantize_model(checkpoint, recipe, folder, samples, on_layer=on_layer)
+    with contextlib.ExitStack() as stack:
+        bar: list[Progress] = []  # made when the first layer is done: the samples have one of their own before
+
+        def on_layer(report: LayerReport) -> None:
+            on_phase(f"quantise to {recipe.method}: layer {report.layer + 1} of {report.layers}")
+            if not bar:
+                bar.append(stack.enter_context(progress_bar(f"Quantising ({recipe.label})", report.layers, watched)))
+            bar[0].advance()
+
+        quantize_model(checkpoint, recipe, folder, samples, on_layer=on_layer)
     files = {file.name: [file.stat().st_size, _checksum(file)] for file in sorted(folder.iterdir()) if file.is_file()}
     (folder / LIST).write_text(json.dumps(files))
 

@@ -5,11 +5,10 @@ Nothing here knows what a model computes; it yields tensors under Hugging Face's
 
 from minfer.loader.checkpoint import Checkpoint, CheckpointSummary, ModelSource, TensorInfo
 from minfer.loader.open import open_checkpoint
-from minfer.loader.quantize_on_load import CALIBRATED, quantized_as_asked
+from minfer.loader.quantize_on_load import quantized_as_asked
 from minfer.loader.resolve import OfflineModel, list_offline_models, quantised_twin, resolve_model, resolve_tokenizer
 
 __all__ = [
-    "CALIBRATED",
     "Checkpoint",
     "CheckpointSummary",
     "ModelSource",

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minfer.config import Quant
+from minfer.config import CALIBRATED, Quant
 from minfer.errors import ConfigError, ModelLoadError
 from minfer.loader.check import EMBEDDING, HEAD
 from minfer.loader.checkpoint import Checkpoint, TensorInfo
@@ -65,7 +65,6 @@ RECIPES: dict[str, Recipe] = {
     "nf4": Recipe("nf4", (64, 32)),
     "mxfp4": Recipe("fp4_e2m1", (32,), scale_type="e8m0", whole_rows=False, search=True),
 }
-CALIBRATED = ("awq", "gptq", "smoothquant")
 
 
 class QuantizedOnLoad(Checkpoint):

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from minfer.config import EngineConfig, ModelConfig
+from minfer.config import CALIBRATED, EngineConfig, ModelConfig
 from minfer.errors import ConfigError
 from minfer.kernels import Ops, select_ops
 from minfer.kernels.cpu.arena import ask_for_huge_pages
 from minfer.kvcache import FORMATS, KVCache, format_of
 from minfer.layers.loading import load_weights
-from minfer.loader import CALIBRATED, Checkpoint, open_checkpoint, quantised_twin, quantized_as_asked, resolve_model
+from minfer.loader import Checkpoint, open_checkpoint, quantised_twin, quantized_as_asked, resolve_model
 from minfer.loader.check import finite
 from minfer.models import Model, create_model
 from minfer.runner.memory import GIB, num_kv_blocks

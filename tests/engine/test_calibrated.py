@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 import minfer.engine.calibrated
+from minfer.config import CALIBRATED
 from minfer.engine.llm import LLM
 from minfer.errors import ConfigError
-from minfer.loader import CALIBRATED
 from minfer.sampling_params import SamplingParams
 
 OPTIONS: dict[str, Any] = {"dtype": "float32", "max_model_len": 64, "kv_cache_memory": 2**22, "device": "cpu"}

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minfer.config import EngineConfig, Quant
+from minfer.config import CALIBRATED, EngineConfig, Quant
 from minfer.errors import ModelLoadError
 from minfer.loader import open_checkpoint, quantized_as_asked, resolve_model
-from minfer.loader.quantize_on_load import CALIBRATED, RECIPES, QuantizedOnLoad
+from minfer.loader.quantize_on_load import RECIPES, QuantizedOnLoad
 from minfer.quant import PackedWeight
 from minfer.runner import BatchBuilder, LoadedModel, ModelRunner, RowSpan, load_model
 
