@@ -26,7 +26,12 @@ from compare.errors import CompareError
 PAGE = ROOT / "docs" / "quantization.md"
 BEGIN, END = "<!-- interop:begin -->\n", "<!-- interop:end -->"
 
-PROMPTS = [[1, 9690, 198, 2683, 359], [504, 2644, 314, 253, 1123], [12, 50, 99, 400, 300, 200]]
+PROMPTS = [  # in SmolLM2's tokens; for other models they are as good as any
+    [1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198],  # What is the capital of France?
+    [504, 1463, 282, 260, 2240, 5634, 281, 260],  # The history of the city begins in the
+    [12615, 36411, 418, 253, 2779, 282],  # Water boils at a temperature of
+    [1604, 3987, 46477, 24, 94, 727, 2367],  # def fibonacci(n):
+]
 MARK = "TOKENS "
 
 TRANSFORMERS = """

@@ -41,13 +41,14 @@ SOURCE = "bfloat16, the source"
 Row = list[dict[int, float]]  # per position, the likeliest tokens' log-probabilities and the true token's
 
 
-def score(model: str, windows: list[list[int]], *, activations: str = "none") -> list[Row]:
+def score(model: str, windows: list[list[int]], *, activations: str = "none", threads: int | None = None) -> list[Row]:
     """What the model says at every position of every window."""
     size = max(map(len, windows))
     llm = LLM(
         model=model,
         dtype="float32",
         activations=activations,
+        threads=threads,
         max_model_len=size + 1,
         max_num_batched_tokens=size,
         max_num_seqs=1,
@@ -150,12 +151,13 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="the unquantised model: a name of compare/weights.py or an HF folder")
     parser.add_argument("--text", type=Path, help="a UTF-8 text that nothing was calibrated on")
     parser.add_argument("--calibration", type=Path, help="a text to calibrate on (default: the model's own samples)")
-    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--work", type=Path, help="the folder for the checkpoints")
-    parser.add_argument("--only", action="append", help="make and score the rows whose name contains this; may be repeated")
+    parser.add_argument("--only", action="append", help="make and score the rows whose name contains this; several in this order")
+    parser.add_argument("--threads", type=int, help="of scoring; quantising takes OMP_NUM_THREADS")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--from", dest="source", type=Path, help="fill the page from an earlier run's file and do nothing else")
     options = parser.parse_intermixed_args()
@@ -177,16 +179,16 @@ def measure(options: argparse.Namespace) -> None:
     windows = cut(str(weights), text, options.window, options.windows)
     results = _begin(options, text, len(windows))
     rows: dict[str, dict[str, Any]] = {row["name"]: row for row in results["rows"]}
-    reference = score(str(weights), windows)
+    reference = score(str(weights), windows, threads=options.threads)
     rows[SOURCE] = {"name": SOURCE, **size_of(str(weights)), **figures(windows, reference, reference)}
     data = ["--samples", str(options.samples), "--seqlen", str(options.seqlen)]
     data += ["--calibration", str(options.calibration.resolve())] if options.calibration is not None else []
     extra = _named(options.checkpoints)
-    for name in [*METHODS, *LLAMA_CPP, *extra]:
-        if name not in extra and options.only and not any(word in name for word in options.only):
-            continue
+    everything = [*METHODS, *LLAMA_CPP]
+    chosen = [name for word in options.only or [""] for name in everything if word in name]
+    for name in dict.fromkeys([*chosen, *extra]):
         path = str(extra.get(name) or make(name, weights, options.work.resolve(), data))
-        scored = score(path, windows, activations="int8" if name.startswith(ROUNDS_INPUTS) else "none")
+        scored = score(path, windows, activations="int8" if name.startswith(ROUNDS_INPUTS) else "none", threads=options.threads)
         rows[name] = {"name": name, **size_of(path), **figures(windows, scored, reference)}
         del scored
         gc.collect()
