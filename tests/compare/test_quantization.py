@@ -78,3 +78,9 @@ def test_no_token_of_the_weights_folder_is_beyond_the_vocabulary(tmp_path: Path)
     names = {"tokens": tokens, "merges": [], "token_type": [1] * len(tokens), "bos_token_id": 0, "eos_token_id": 1}
     weights._write_bpe_tokenizer(tmp_path, {f"tokenizer.ggml.{name}": value for name, value in names.items()})
     assert max(Tokenizer.from_folder(tmp_path).encode("the <unk> of <unk>")) < len(tokens)
+
+
+def test_the_page_is_made_of_the_files() -> None:
+    page, results = quantization.PAGE.read_text(), quantization.ROOT / "results"
+    assert quantization.tables(json.loads((results / "quantization-smollm2-135m.json").read_text())) in page
+    assert interop.table(json.loads((results / "interop-smollm2-135m.json").read_text())) in page

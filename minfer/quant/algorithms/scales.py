@@ -7,8 +7,9 @@ inputs, with which errors that cancel count less (AWQ's search for clipping is t
 that files keep them in before anything is measured, so the codes are right for the scale that will be used.
 
 Where nothing is known of the inputs, each error counts with the square of its weight. The plain squared error would clip more than is
-good: rounding errs to both sides and mostly cancels in a sum, but a clipped weight is always too small, layer after layer. On
-SmolLM2 in groups of 64 the plain search cuts the error of nf4 by 8% and raises its perplexity by 12%; this one does neither.
+good: rounding errs to both sides and mostly cancels in a sum, but a clipped weight is always too small, layer after layer. For
+SmolLM2 in nf4 (six windows of WikiText-2) the plain search lowered the weights' error by 8% and raised perplexity from 32.6 to 36.5;
+this one gives 33.1 and the lowest divergence of the three.
 
 Symmetric integers reach further down than up: -8 to 7. The scale gets the sign that puts the outermost weight on the far end
 (llama.cpp's Q4_0 does the same), an eighth of the step for nothing. At 8 bits there is nothing to gain, and scales stay positive.
