@@ -58,10 +58,12 @@ def test_blocks_and_requests_are_those_of_the_engine_at_every_step(make: Make) -
         engine.step()
         seen = view.snapshot()
         states = unfold(seen["pool"]["map"])
+        assert scheduler.prefix_cache is not None
+        kept = {node.block for node in scheduler.prefix_cache.nodes()}
         expected = []
         for block in range(scheduler.pool.num_blocks):
             references = scheduler.pool.references(block)
-            expected.append(min(USED + references - 1, SHARED) if references else CACHED if block in scheduler.pool.evictable() else FREE)
+            expected.append(min(USED + references - 1, SHARED) if references else CACHED if block in kept else FREE)
         assert states == expected
         assert seen["pool"]["used"] == states.count(USED) + states.count(SHARED) == scheduler.pool.num_used
         assert (seen["pool"]["shared"], seen["pool"]["cached"]) == (states.count(SHARED), states.count(CACHED))

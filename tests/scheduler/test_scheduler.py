@@ -174,6 +174,23 @@ def test_priority_admits_the_urgent_first_and_displaces_the_less_urgent() -> Non
         assert request.output_token_ids == expected_output(prompt_of(4, seed), len(request.output_token_ids))
 
 
+@pytest.mark.parametrize("policy", ["fcfs", "priority", "fair"])
+def test_the_queue_is_told_in_the_order_in_which_it_is_admitted(policy: str) -> None:
+    engine = FakeEngine(num_blocks=64, policy=policy, max_num_seqs=1)
+    for number in range(8):
+        engine.add(prompt_of(4, number), 3, priority=number * 5 % 7, tenant=str(number // 3))
+    gone = engine.requests[3]
+    engine.scheduler.finish(gone, "abort")
+    told = engine.scheduler.first_waiting(100)
+    assert len(told) == engine.scheduler.num_waiting == 7
+    assert engine.scheduler.first_waiting(2) == told[:2]
+    admitted: list[Request] = []
+    while engine.scheduler.has_requests:
+        engine.step()
+        admitted += [request for request in engine.scheduler.running if request not in admitted]
+    assert admitted == told
+
+
 def test_equal_priority_never_displaces() -> None:
     engine = FakeEngine(num_blocks=64, policy="priority", max_num_seqs=1)
     engine.add(prompt_of(4, 1), 10, priority=1)
