@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from concurrent.futures import Future
 from typing import Any
 
 import httpx
@@ -113,3 +114,21 @@ def test_the_event_loop_answers_while_the_engine_and_the_tokenizer_work(serve: A
             assert client.get("/health").status_code == 200
         assert time.monotonic() - started < 0.5
         worker.join()
+
+
+def test_leaving_while_a_grammar_is_compiled(serve: Any, own_llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compilation may go on, for others may want it; the request, its place in the queue and its blocks are gone."""
+    asked = threading.Event()
+
+    def never(form: Any) -> Future[Any]:
+        asked.set()
+        return Future()
+
+    with serve(own_llm, max_queue=0) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(own_llm.engine.inputs.grammars, "submit", never)
+            with pytest.raises(httpx.ReadTimeout):
+                client.post(COMPLETE, json={"prompt": "x", "structured_outputs": {"regex": "a+"}, **LONG}, timeout=1)
+        assert asked.is_set()
+        assert not own_llm.engine.has_unfinished_requests
+        assert post(client, COMPLETE, prompt="x", max_tokens=2)["usage"]["completion_tokens"] <= 2
