@@ -55,6 +55,7 @@ class _Account:
     next_turn: int = 0  # where this tenant's next request stands, if it has not been idle
     owed: int = 0  # tokens used beyond those charged for; negative: charged and not used
     usual_output: int = 64  # tokens, a moving average
+    alive: int = 0  # requests that wait or run
 
 
 class FairShare(Policy):
@@ -77,6 +78,7 @@ class FairShare(Policy):
         account = self._accounts.setdefault(request.tenant, _Account())
         expected = request.num_prompt_tokens + min(account.usual_output, request.max_total_tokens - request.num_prompt_tokens)
         due = expected + account.owed
+        account.alive += 1
         request.turn = max(self._now, account.next_turn)
         request.charged = expected
         account.next_turn = request.turn + max(due, 0)
@@ -90,6 +92,9 @@ class FairShare(Policy):
         output = len(request.output_token_ids)
         used = request.num_tokens - request.num_cached_tokens if output else 0
         account.owed += used - request.charged
+        account.alive -= 1
+        if not account.alive:  # nobody's place depends on it: what was charged and not used, by requests that were aborted, is given back
+            account.next_turn, account.owed = max(self._now, account.next_turn + min(account.owed, 0)), max(account.owed, 0)
         if output:
             account.usual_output += (output - account.usual_output) // 8
 

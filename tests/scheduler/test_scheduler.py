@@ -382,6 +382,18 @@ def test_fair_settles_what_was_used() -> None:
     assert 0.7 < used["brief"] / used["verbose"] < 1.4
 
 
+def test_fair_gives_back_what_was_not_used() -> None:
+    """Requests that were aborted in the queue don't put their tenant's next one behind everybody."""
+    engine = FakeEngine(num_blocks=64, policy="fair", max_num_seqs=1)
+    for n in range(10):
+        engine.add([n] * 8, 4, tenant="steady")
+    for request in [engine.add([20] * 8, 4, tenant="hasty")[0] for _ in range(8)]:
+        engine.scheduler.finish(request, "abort")
+    (again,) = engine.add([21] * 8, 4, tenant="hasty")
+    order = [r for r in finishing_order(engine) if r.finish_reason != "abort"]
+    assert order.index(again) <= 1
+
+
 def test_fair_lets_nobody_save_up_turns() -> None:
     """Who was silent for long comes next, and then takes turns; it has no credit for its silence."""
     engine = FakeEngine(num_blocks=64, policy="fair", max_num_seqs=1)
