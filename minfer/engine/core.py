@@ -70,7 +70,9 @@ class CoreStep:
 
 
 class EngineCore:
-    def __init__(self, loaded: LoadedModel, processors: Sequence[LogitsProcessor] = ()) -> None:
+    """`proposer` takes the place of the one that the config asks for; to watch a model's inner states, say."""
+
+    def __init__(self, loaded: LoadedModel, processors: Sequence[LogitsProcessor] = (), proposer: Proposer | None = None) -> None:
         config = loaded.config
         self.loaded = loaded
         self.scheduler = Scheduler(
@@ -82,10 +84,12 @@ class EngineCore:
             policy=create_policy(config.policy),
             prefix_caching=config.prefix_caching,
         )
-        self.runner = ModelRunner(loaded.model, loaded.cache, _builder(loaded), _graph(loaded, loaded.model, loaded.cache))
         self.sampler = Sampler(loaded.model_config.vocab_size, loaded.device, processors, loaded.ops.argmax, loaded.ops.sample)
-        proposer = _proposer(loaded, self.scheduler, processors)
+        proposer = proposer or _proposer(loaded, self.scheduler, processors)
         self.speculation = None if proposer is None else Speculation(proposer, config.num_draft_tokens, config.adaptive_drafts)
+        after = () if proposer is None else proposer.after
+        graph = _graph(loaded, loaded.model, loaded.cache, after)
+        self.runner = ModelRunner(loaded.model, loaded.cache, _builder(loaded), graph, after)
         self.times = StepTimes()
 
     @torch.inference_mode()
@@ -111,7 +115,7 @@ class EngineCore:
             self.speculation.costs.observe(plan.num_tokens, t3 - t1)
         step = self._remember(plan, sampled, scores, pooled)
         if self.speculation is not None:
-            self.speculation.draft(plan.scheduled)
+            self.speculation.draft(plan.scheduled, self.runner.states)
         built = self.runner.build_seconds - built
         step.times = StepTimes(1, t1 - t0, built, t2 - t1 - built, t3 - t2, time.perf_counter() - t3)
         self.times.add(step.times)
@@ -182,12 +186,12 @@ def _builder(loaded: LoadedModel) -> BatchBuilder:
     return BatchBuilder(config.max_num_batched_tokens, config.max_num_seqs, loaded.max_model_len, config.block_size, loaded.device)
 
 
-def _graph(loaded: LoadedModel, model: Model, cache: KVCache) -> Graph | None:
+def _graph(loaded: LoadedModel, model: Model, cache: KVCache, after: Sequence[int] = ()) -> Graph | None:
     """The model's step recorded for every batch up to the largest; None where the kernels in use can't be recorded."""
     config = loaded.config
     if not config.graphs or not can_capture(loaded.ops):
         return None
-    return capture(lambda batch: model(batch, cache), loaded.ops, config.max_num_batched_tokens, config.max_num_seqs)
+    return capture(lambda batch: model.forward_states(batch, cache, after), loaded.ops, config.max_num_batched_tokens, config.max_num_seqs)
 
 
 def _proposer(loaded: LoadedModel, scheduler: Scheduler, processors: Sequence[LogitsProcessor]) -> Proposer | None:

@@ -7,9 +7,9 @@ import torch
 from minfer.config import ModelConfig
 from minfer.errors import ModelLoadError
 from minfer.kernels import Ops
-from minfer.models.llama import LlamaForCausalLM
+from minfer.models.llama import FINAL, LlamaForCausalLM
 
-__all__ = ["Model", "create_model"]
+__all__ = ["FINAL", "Model", "create_model"]
 
 Model = LlamaForCausalLM  # widens to a protocol with the second family
 

@@ -11,6 +11,8 @@ addition fuses with the norm that follows it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -19,6 +21,8 @@ from minfer.config import ModelConfig
 from minfer.kernels import Ops
 from minfer.kvcache import KVCache, LayerCache
 from minfer.layers import Attention, Embedding, GatedMLP, OutputHead, RMSNorm, rope_table
+
+FINAL = -1  # in place of a number of layers: what the model hands to its head, after the last norm
 
 
 class LlamaForCausalLM(nn.Module):
@@ -31,7 +35,14 @@ class LlamaForCausalLM(nn.Module):
 
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """The final hidden states of all tokens of the step, [T, H]."""
-        return self.model(batch, cache)  # type: ignore[no-any-return]
+        return self.model(batch, cache, ())[0]  # type: ignore[no-any-return]
+
+    def forward_states(self, batch: Batch, cache: KVCache, after: Sequence[int]) -> list[torch.Tensor]:
+        """The final hidden states, and then the residual stream after each of these numbers of layers, or `FINAL`: [T, H] each.
+
+        They are what the layers compute anyway, so asking for them costs the memory of holding them.
+        """
+        return self.model(batch, cache, after)  # type: ignore[no-any-return]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden[S, H] -> [S, V] float32."""
@@ -46,12 +57,15 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, ops, n, rope, device) for n in range(config.num_layers))
         self.norm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps, device=device)
 
-    def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+    def forward(self, batch: Batch, cache: KVCache, after: Sequence[int]) -> list[torch.Tensor]:
         x, residual = self.embed_tokens(batch.token_ids), None
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x, residual = layer(x, residual, batch, layer_cache)
-        x, _ = self.norm(x, residual)
-        return x  # type: ignore[no-any-return]
+        states: dict[int, torch.Tensor] = {}
+        for number, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            x, residual, stream = layer(x, residual, batch, layer_cache)
+            if number in after:
+                states[number] = stream
+        states[FINAL], states[len(self.layers)] = self.norm(x, residual)
+        return [states[FINAL], *(states[number] for number in after)]
 
 
 class DecoderLayer(nn.Module):
@@ -62,9 +76,11 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps, device=device)
         self.mlp = GatedMLP(ops, config, device=device)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None, batch: Batch, cache: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:
-        """x[T, H] and the residual stream it has yet to be added to; returns the same pair one layer on."""
-        x, residual = self.input_layernorm(x, residual)
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None, batch: Batch, cache: LayerCache
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x[T, H] and the residual stream it has yet to be added to; returns the same pair one layer on, and the sum as it came in."""
+        x, stream = self.input_layernorm(x, residual)
         x = self.self_attn(x, batch, cache)
-        x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
+        x, residual = self.post_attention_layernorm(x, stream)
+        return self.mlp(x), residual, stream

@@ -104,7 +104,7 @@ class LayerRunner:
 
     def run(self, layer: DecoderLayer, hidden: torch.Tensor) -> torch.Tensor:
         """hidden[T, H], the residual stream before the layer -> after it, [T, H]."""
-        x, residual = layer(hidden, None, self.batch, self.cache)
+        x, residual, _ = layer(hidden, None, self.batch, self.cache)
         return x.add_(residual)  # type: ignore[no-any-return]
 
     @staticmethod

@@ -8,7 +8,7 @@ besides, static input buffers and one capture per size, comes with the Triton ba
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -23,8 +23,8 @@ from minfer.kernels.cpu.recorder import StepRecorder
 class Graph(Protocol):
     """A step that can be computed again for other batches."""
 
-    def replay(self, batch: Batch) -> torch.Tensor:
-        """What the captured function returns for this batch, [T, ...]. The memory is the graph's: valid until the next replay."""
+    def replay(self, batch: Batch) -> list[torch.Tensor]:
+        """What the captured function returns for this batch, [T, ...] each. The memory is the graph's: valid until the next replay."""
         ...
 
 
@@ -34,7 +34,7 @@ def can_capture(ops: Ops) -> bool:
 
 
 @torch.inference_mode()
-def capture(step: Callable[[Batch], torch.Tensor], ops: Ops, max_tokens: int, max_requests: int) -> Graph:
+def capture(step: Callable[[Batch], Sequence[torch.Tensor]], ops: Ops, max_tokens: int, max_requests: int) -> Graph:
     """Captures `step` for batches up to these sizes, over block tables of any width. Computes nothing, writes no KV.
 
     Raises ConfigError if the backends can't be recorded, or if `step` computes with torch beside its ops.

@@ -14,13 +14,18 @@ from minfer.runner.graphs import Graph
 
 
 class ModelRunner:
-    """With a `graph`, steps are replayed from it; without, the model's own Python runs each time."""
+    """With a `graph`, steps are replayed from it; without, the model's own Python runs each time.
 
-    def __init__(self, model: Model, cache: KVCache, builder: BatchBuilder, graph: Graph | None = None) -> None:
+    `after` names inner states that somebody wants to see (`Model.forward_states`); a graph must have been captured with the same.
+    """
+
+    def __init__(self, model: Model, cache: KVCache, builder: BatchBuilder, graph: Graph | None = None, after: Sequence[int] = ()) -> None:
         self.model = model
         self.cache = cache
         self.builder = builder
         self.graph = graph
+        self.after = after
+        self.states: list[torch.Tensor] = []  # of the last step, one [T, H] for each of `after`; valid until the next
         self.build_seconds = 0.0  # spent so far on turning rows into batches: the host's cost, not the model's
 
     @torch.inference_mode()
@@ -32,7 +37,8 @@ class ModelRunner:
         started = time.perf_counter()
         batch = self.builder.build(spans)
         self.build_seconds += time.perf_counter() - started
-        hidden = self.model(batch, self.cache) if self.graph is None else self.graph.replay(batch)  # [T, H]
+        outputs = self.graph.replay(batch) if self.graph is not None else self.model.forward_states(batch, self.cache, self.after)
+        hidden, self.states = outputs[0], outputs[1:]  # [T, H] each
         if batch.logits_at.shape[0] == hidden.shape[0]:
             return hidden
         return hidden.index_select(0, batch.logits_at)

@@ -29,6 +29,8 @@ Reserve = Callable[[Request, int], int]  # the scheduler's
 class DraftModelProposer:
     """`runner` runs the draft model over its own cache. `max_tokens`: the most tokens that it is given in one pass."""
 
+    after: Sequence[int] = ()
+
     def __init__(self, runner: ModelRunner, sampler: Sampler, reserve: Reserve, max_tokens: int) -> None:
         self._runner = runner
         self._sampler = sampler
@@ -36,7 +38,7 @@ class DraftModelProposer:
         self._max_tokens = max_tokens
         self._computed: dict[Request, int] = {}  # tokens of each followed request that the draft's KV holds
 
-    def follow(self, scheduled: Sequence[ScheduledRequest]) -> None:
+    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[Sequence[torch.Tensor]]) -> None:
         known = self._computed
         # What a step computed anew for the target is missing here; what it found in the cache is not.
         self._computed = {item.request: min(known.get(item.request, item.start), item.request.num_computed_tokens) for item in scheduled}

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from minfer.scheduler import Request, ScheduledRequest
 
 MAX_CANDIDATES = 16  # positions tried; in text that repeats a run more often than that, the newest ones are the ones to copy
@@ -71,6 +73,8 @@ class NgramIndex:
 class NgramProposer:
     """An index for each running request; `min_match` tokens must agree before a continuation is copied."""
 
+    after: Sequence[int] = ()
+
     def __init__(self, min_match: int) -> None:
         self.min_match = min_match
         self._indices: dict[Request, NgramIndex] = {}
@@ -78,7 +82,7 @@ class NgramProposer:
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Text has no blocks."""
 
-    def follow(self, scheduled: Sequence[ScheduledRequest]) -> None:
+    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[Sequence[torch.Tensor]]) -> None:
         known = self._indices
         self._indices = {item.request: known.get(item.request) or NgramIndex(item.request.token_ids, self.min_match) for item in scheduled}
 

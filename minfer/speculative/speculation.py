@@ -11,19 +11,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
+
 from minfer.scheduler import Request, RequestStatus, ScheduledRequest
 from minfer.speculative.policy import Acceptance, CostModel, draft_length
 
 
 class Proposer(Protocol):
-    """Seam 4: guesses the next tokens of requests it follows from step to step."""
+    """Seam 4: guesses the next tokens of requests it follows from step to step.
+
+    `after` names the target's inner states that it wants to see of every token (`Model.forward_states`); () for none.
+    """
+
+    after: Sequence[int]
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """The step about to run copies these blocks, (from, to), of the KV cache."""
         ...
 
-    def follow(self, scheduled: Sequence[ScheduledRequest]) -> None:
-        """A step over these has run, and they have moved on; requests that aren't among them are over or preempted."""
+    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[Sequence[torch.Tensor]]) -> None:
+        """A step over these has run, and they have moved on; requests that aren't among them are over or preempted.
+
+        `states[i]` holds, for each of `after`, a row for each of the tokens that `scheduled[i]` computed, drafts included:
+        [num_new_tokens, H]. They are views that the next step overwrites.
+        """
         ...
 
     def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> list[list[int]]:
@@ -70,10 +81,16 @@ class Speculation:
         self.stats = SpeculationStats(accepted_at=[0] * num_draft_tokens)
         self._acceptance: dict[Request, Acceptance] = {}
 
-    def draft(self, scheduled: Sequence[ScheduledRequest]) -> None:
-        """Gives each request of the step that has one token left to compute its drafts for the next step."""
-        going_on = [item for item in scheduled if item.request.status is RequestStatus.RUNNING and item.request.pooling is None]
-        self.proposer.follow(going_on)
+    def draft(self, scheduled: Sequence[ScheduledRequest], states: Sequence[torch.Tensor] = ()) -> None:
+        """Gives each request of the step that has one token left to compute its drafts for the next step.
+
+        `states`: what the proposer asked to see of the step's tokens, [T, H] each.
+        """
+        rows = [state.split([item.num_new_tokens for item in scheduled]) for state in states]
+        generating = (item.request.status is RequestStatus.RUNNING and item.request.pooling is None for item in scheduled)
+        running = [index for index, going_on in enumerate(generating) if going_on]
+        going_on = [scheduled[index] for index in running]
+        self.proposer.follow(going_on, [[state[index] for state in rows] for index in running])
         known = self._acceptance
         self._acceptance = {item.request: known.get(item.request) or Acceptance() for item in going_on}
         ready = [item.request for item in going_on if item.request.num_left == 1]

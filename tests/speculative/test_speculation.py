@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from minfer import LLM, SamplingParams
 from minfer.engine.outputs import CompletionOutput
 from minfer.errors import ConfigError
+from minfer.models import FINAL
 from minfer.sampling import Sampler
 from minfer.scheduler import Request, ScheduledRequest
 from minfer.speculative import DraftRow, accepted
@@ -171,12 +172,14 @@ def test_the_cost_of_decode_steps_is_measured_and_prompt_chunks_are_left_out(tin
 class Oracle:
     """Guesses from a known continuation: all of it right, none of it, or every third token wrong."""
 
+    after: Sequence[int] = ()
+
     def __init__(self, truth: list[int], kind: str) -> None:
         self.truth, self.kind = truth, kind
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None: ...
 
-    def follow(self, scheduled: Sequence[ScheduledRequest]) -> None: ...
+    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[Sequence[torch.Tensor]]) -> None: ...
 
     def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> list[list[int]]:
         wrong = {"always": lambda n: False, "never": lambda n: True, "sometimes": lambda n: n % 3 == 2}[self.kind]
@@ -213,6 +216,45 @@ def test_a_stop_string_in_the_middle_of_right_drafts_ends_the_text_there() -> No
         assert said(ours) == said(theirs)
         assert ours.stop_reason == middle
     assert fast.engine.core.scheduler.pool.num_used == 0
+
+
+class Witness(Oracle):
+    """Drafts as the oracle does, and keeps what it is shown of each token that stands."""
+
+    after: Sequence[int] = (1, FINAL)
+
+    def __init__(self, truth: list[int], kind: str) -> None:
+        super().__init__(truth, kind)
+        self.seen: dict[int, list[torch.Tensor]] = {}
+
+    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[Sequence[torch.Tensor]]) -> None:
+        for item, rows in zip(scheduled, states, strict=True):
+            assert [len(state) for state in rows] == [item.num_new_tokens] * 2
+            for index in range(item.request.num_computed_tokens - item.start):
+                self.seen[item.start + index] = [state[index].clone() for state in rows]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_proposer_sees_the_inner_states_of_the_tokens_that_stand(tiny_llama: Path, backend: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    options = {**BASE, **SPECULATIVE, "backend": backend, "max_prefill_chunk": 7}
+    prompt, params = prompt_of(40, 1), SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    truth = LLM(str(tiny_llama), **options).generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0].outputs[0].token_ids
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minfer.engine.core._proposer", lambda *arguments: Witness(truth, "sometimes"))
+        llm = LLM(str(tiny_llama), **options)
+    witness = llm.engine.core.speculation.proposer  # type: ignore[union-attr]
+    llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32, attn_implementation="eager")
+    with torch.inference_mode():
+        expected = model(torch.tensor([prompt + truth]), output_hidden_states=True).hidden_states
+    assert isinstance(witness, Witness)
+    assert sorted(witness.seen) == list(range(max(witness.seen) + 1))
+    assert max(witness.seen) >= len(prompt) + 10
+    for position, (after_one, final) in witness.seen.items():
+        assert (after_one - expected[1][0, position]).abs().max() < 1e-4
+        assert (final - expected[-1][0, position]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(

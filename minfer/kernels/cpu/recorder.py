@@ -64,19 +64,22 @@ class StepRecorder:
         self._calls: list[_Call] = []
         self._held: dict[int, torch.Tensor] = {}  # by address: weights, caches, tables
 
-    def record(self, step: Callable[[], torch.Tensor]) -> CpuGraph:
+    def record(self, step: Callable[[], Sequence[torch.Tensor]]) -> CpuGraph:
         """Runs `step` with every op noted instead of computed. Raises ConfigError if it isn't recordable."""
         self.runtime.recorder = self
         try:
             with _OnlyViews():
-                output = step()
+                outputs = step()
         finally:
             self.runtime.recorder = None
-        result = self._buffer_at(output.data_ptr())
-        if result is None or result.address != output.data_ptr() or output.shape[0] != self._sizes["rows"]:
-            raise ConfigError("a recorded step must return what its last op computed, one row a token")
-        result.last = len(self._calls)
-        return CpuGraph(self.runtime, self._calls, self._plan(), (result, output.shape[1:], output.dtype), list(self._held.values()))
+        results = []
+        for output in outputs:
+            result = self._buffer_at(output.data_ptr())
+            if result is None or result.address != output.data_ptr() or output.shape[0] != self._sizes["rows"]:
+                raise ConfigError("a recorded step must return tensors that its ops computed, one row a token")
+            result.last = len(self._calls)
+            results.append((result, output.shape[1:], output.dtype))
+        return CpuGraph(self.runtime, self._calls, self._plan(), results, list(self._held.values()))
 
     # what Kernel and Runtime call while a step is recorded
 
@@ -132,7 +135,7 @@ class CpuGraph:
         runtime: Runtime,
         calls: Sequence[_Call],
         arena_size: int,
-        output: tuple[_Buffer, torch.Size, torch.dtype],
+        outputs: Sequence[tuple[_Buffer, torch.Size, torch.dtype]],
         held: list[torch.Tensor],
     ) -> None:
         self.runtime = runtime
@@ -149,9 +152,10 @@ class CpuGraph:
             library.minfer_graph_add(self._handle, call.kernel.handle, call.kernel.pack(call.values))
             for field, variable in call.variables:
                 library.minfer_graph_bind(self._handle, 8 * field, variable)
-        buffer, shape, dtype = output
-        begin = base - self._arena.data_ptr() + buffer.offset
-        self._output = self._arena[begin : begin + buffer.size].view(dtype).view(-1, *shape)
+        self._outputs = []
+        for buffer, shape, dtype in outputs:
+            begin = base - self._arena.data_ptr() + buffer.offset
+            self._outputs.append(self._arena[begin : begin + buffer.size].view(dtype).view(-1, *shape))
         self._variables = (ctypes.c_int64 * (len(_SIZES) + len(_TENSORS)))()
 
     @property
@@ -159,17 +163,17 @@ class CpuGraph:
         """Memory that all intermediate tensors share."""
         return self._arena.nbytes
 
-    def replay(self, batch: Batch) -> torch.Tensor:
-        """The step's result for this batch, [T, ...], valid until the next replay."""
+    def replay(self, batch: Batch) -> list[torch.Tensor]:
+        """The step's results for this batch, [T, ...] each, valid until the next replay."""
         rows = batch.num_tokens
-        if rows > self._output.shape[0]:
-            raise ConfigError(f"a step of {rows} tokens is larger than the {self._output.shape[0]} that were recorded")
+        if rows > self._outputs[0].shape[0]:
+            raise ConfigError(f"a step of {rows} tokens is larger than the {self._outputs[0].shape[0]} that were recorded")
         variables = self._variables
         variables[0], variables[1], variables[2] = rows, batch.num_requests, batch.block_tables.stride(0)
         for i, name in enumerate(_TENSORS, len(_SIZES)):
             variables[i] = getattr(batch, name).data_ptr()
         self.runtime.library.minfer_graph_run(self._handle, ctypes.cast(variables, ctypes.c_char_p), self.runtime.pool)
-        return self._output[:rows]
+        return [output[:rows] for output in self._outputs]
 
 
 class _OnlyViews(TorchDispatchMode):
