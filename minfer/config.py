@@ -8,6 +8,7 @@ GGUF loader translates its metadata into the same keys and goes through it too.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -22,7 +23,7 @@ Quant = Literal["auto", "none", "awq", "gptq", "fp8", "int8", "int4", "nf4", "mx
 CALIBRATED = ("awq", "gptq", "smoothquant")  # values of quant that have to see a model's inputs first
 Activations = Literal["auto", "int8", "none"]
 PolicyName = Literal["fcfs", "priority", "fair"]
-Speculative = Literal["none", "ngram", "draft"]
+Speculative = Literal["none", "ngram", "draft", "skip"]
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -69,9 +70,20 @@ class EngineConfig:
     )
     speculative: Speculative = option(
         "none",
-        "Guess tokens ahead and check them in one step: ngram copies what followed the same words earlier, draft asks a smaller model.",
+        "Guess tokens ahead and check them in one step: ngram copies what followed the same words earlier, draft asks a smaller model "
+        "or a head made for this one, skip the model itself without some of its layers.",
     )
-    draft_model: str | None = option(None, "The smaller model that --speculative draft asks: named like the model, with its vocabulary.")
+    draft_model: str | None = option(
+        None,
+        "What --speculative draft asks: a smaller model with the same vocabulary, or a folder with an EAGLE, EAGLE-3, Medusa or "
+        "ReDrafter head for this one.",
+    )
+    skip_layers: str | None = option(
+        None, "Layers, from 0, that --speculative skip leaves out, as 8-21 or 4,6,8 (default: the middle third)."
+    )
+    draft_states: str | None = option(
+        None, "Layers after which an EAGLE-3 head reads the model's states, as 2,15,27 (default: what the head's config says)."
+    )
     num_draft_tokens: int = option(8, "Most tokens guessed ahead for one sequence.")
     ngram_min_match: int = option(3, "Tokens that must agree before ngram copies what followed them.")
     adaptive_drafts: bool = option(True, "Draft only as many tokens as pay at the measured acceptance and step times; off: always all.")
@@ -100,6 +112,14 @@ class EngineConfig:
             self._fail("block_size", "must be a power of two up to 1024")
         if (self.speculative == "draft") != (self.draft_model is not None):
             self._fail("draft_model", "names the model that --speculative draft asks, so each needs the other: it can't be")
+        if self.draft_states is not None and (
+            self.draft_model is None or not all(n.strip().isdigit() for n in self.draft_states.split(","))
+        ):
+            self._fail("draft_states", "names numbers of layers, as 2,15,27, and needs a draft_model; it can't be")
+        if self.skip_layers is not None and (
+            self.speculative != "skip" or re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", self.skip_layers) is None
+        ):
+            self._fail("skip_layers", "names layers, as 8-21 or 4,6,8, for --speculative skip; it can't be")
         if self.memory_utilization is not None and not 0 < self.memory_utilization <= 1:
             self._fail("memory_utilization", "must be above 0 and at most 1")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -107,6 +127,19 @@ class EngineConfig:
                 "max_num_batched_tokens",
                 f"must be at least max_num_seqs={self.max_num_seqs}, or running sequences would starve; raise it or lower max_num_seqs",
             )
+
+    def layers_kept(self, num_layers: int) -> list[int]:
+        """The layers with which --speculative skip drafts."""
+        if self.skip_layers is None:
+            first = max(1, num_layers // 3)
+            skipped = set(range(first, max(first + 1, num_layers - num_layers // 3)))
+        else:
+            ends = [[int(end) for end in part.split("-")] for part in self.skip_layers.split(",")]
+            skipped = {number for first, *last in ends for number in range(first, (last or [first])[0] + 1)}
+        kept = [number for number in range(num_layers) if number not in skipped]
+        if not kept or not skipped or max(skipped) >= num_layers:
+            raise ConfigError(f"skip_layers={self.skip_layers} must leave out some, not all, of the model's layers 0 to {num_layers - 1}")
+        return kept
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> EngineConfig:

@@ -28,6 +28,7 @@ pages cost no resident memory on a CPU.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -151,6 +152,12 @@ class KVCache:
     @staticmethod
     def block_bytes(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
         return KVCache.token_bytes(model, dtype) * block_size
+
+    def with_layers(self, keep: Sequence[int]) -> KVCache:
+        """The same memory, of these layers only."""
+        view = copy.copy(self)
+        view.layers = [self.layers[number] for number in keep]
+        return view
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies whole blocks (source, destination): the write half of copy-on-write."""

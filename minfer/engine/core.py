@@ -15,11 +15,11 @@ import torch
 
 from minfer.kvcache import KVCache
 from minfer.models import Model
-from minfer.runner import BatchBuilder, LoadedModel, ModelRunner, RowSpan
+from minfer.runner import BatchBuilder, DraftHead, LoadedModel, ModelRunner, RowSpan
 from minfer.runner.graphs import Graph, can_capture, capture
 from minfer.sampling import LogitsProcessor, RowLogprobs, Sampler, SamplerOutput, SamplingRow, prompt_logprobs
 from minfer.scheduler import Request, ScheduledRequest, Scheduler, SchedulerOutput, create_policy
-from minfer.speculative import DraftModelProposer, DraftRow, NgramProposer, Proposer, Speculation, accepted
+from minfer.speculative import DraftModelProposer, DraftRow, NgramProposer, Proposer, Speculation, accepted, head_proposer
 
 # Rows of logits scored at a time for prompt log-probabilities: 256 x 128k vocabulary in float32 is 128 MiB.
 SCORING_ROWS = 256
@@ -199,9 +199,17 @@ def _proposer(loaded: LoadedModel, scheduler: Scheduler, processors: Sequence[Lo
     config, draft = loaded.config, loaded.draft
     if config.speculative == "ngram":
         return NgramProposer(config.ngram_min_match)
-    if draft is None:
+    if config.speculative == "none":
         return None
     sampler = Sampler(loaded.model_config.vocab_size, loaded.device, processors, loaded.ops.argmax, loaded.ops.sample)
+    if config.speculative == "skip":
+        kept = config.layers_kept(loaded.model_config.num_layers)
+        model, cache = loaded.model.with_layers(kept), loaded.cache.with_layers(kept)
+        runner = ModelRunner(model, cache, _builder(loaded), _graph(loaded, model, cache))
+        return DraftModelProposer(runner, sampler, scheduler.reserve, config.max_num_batched_tokens, shares_cache=True)
+    assert draft is not None, "load_model reads what --speculative draft asks"
+    if isinstance(draft, DraftHead):
+        return head_proposer(draft, loaded.model, _builder(loaded), sampler, scheduler.reserve, config.max_num_batched_tokens)
     graph = _graph(loaded, draft.model, draft.cache)
     runner = ModelRunner(draft.model, draft.cache, _builder(loaded), graph)
     return DraftModelProposer(runner, sampler, scheduler.reserve, config.max_num_batched_tokens)

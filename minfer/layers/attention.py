@@ -16,7 +16,11 @@ from minfer.layers.linear import Linear
 
 
 class Attention(nn.Module):
-    def __init__(self, ops: Ops, config: ModelConfig, layer: int, rope: torch.Tensor, *, device: torch.device) -> None:
+    """`inputs`: the width of x where it isn't the hidden size."""
+
+    def __init__(
+        self, ops: Ops, config: ModelConfig, layer: int, rope: torch.Tensor, *, device: torch.device, inputs: int | None = None
+    ) -> None:
         super().__init__()
         self.ops = ops
         self.heads, self.kv_heads, self.dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -25,7 +29,7 @@ class Attention(nn.Module):
         self.rope = rope  # [positions, D] float32, shared by all layers
         q, kv = self.heads * self.dim, self.kv_heads * self.dim
         parts = {"q_proj": q, "k_proj": kv, "v_proj": kv}
-        self.qkv_proj = Linear(ops, config.hidden_size, q + 2 * kv, bias=config.qkv_bias, parts=parts, device=device)
+        self.qkv_proj = Linear(ops, inputs or config.hidden_size, q + 2 * kv, bias=config.qkv_bias, parts=parts, device=device)
         self.o_proj = Linear(ops, q, config.hidden_size, bias=config.attention_output_bias, device=device)
 
     def forward(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> torch.Tensor:

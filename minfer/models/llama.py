@@ -11,7 +11,9 @@ addition fuses with the norm that follows it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +23,8 @@ from minfer.config import ModelConfig
 from minfer.kernels import Ops
 from minfer.kvcache import KVCache, LayerCache
 from minfer.layers import Attention, Embedding, GatedMLP, OutputHead, RMSNorm, rope_table
+
+_M = TypeVar("_M", bound=nn.Module)
 
 FINAL = -1  # in place of a number of layers: what the model hands to its head, after the last norm
 
@@ -44,6 +48,13 @@ class LlamaForCausalLM(nn.Module):
         """
         return self.model(batch, cache, after)  # type: ignore[no-any-return]
 
+    def with_layers(self, keep: Sequence[int]) -> LlamaForCausalLM:
+        """The model that has only these of the layers. All modules are this one's: nothing is copied."""
+        shallow, inner = _twin(self), _twin(self.model)
+        inner.layers = nn.ModuleList(self.model.layers[number] for number in keep)
+        shallow.model = inner
+        return shallow
+
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden[S, H] -> [S, V] float32."""
         return self.lm_head(hidden)  # type: ignore[no-any-return]
@@ -66,6 +77,13 @@ class Llama(nn.Module):
                 states[number] = stream
         states[FINAL], states[len(self.layers)] = self.norm(x, residual)
         return [states[FINAL], *(states[number] for number in after)]
+
+
+def _twin(module: _M) -> _M:
+    """A module with the same children, whose children can be exchanged."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
 
 
 class DecoderLayer(nn.Module):

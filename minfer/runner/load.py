@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from minfer.kvcache import FORMATS, KVCache, format_of
 from minfer.layers.loading import load_weights
 from minfer.loader import Checkpoint, open_checkpoint, quantised_twin, quantized_as_asked, resolve_model
 from minfer.loader.check import finite
+from minfer.loader.heads import is_head
 from minfer.models import Model, create_model
+from minfer.runner.load_head import DraftHead, load_head
 from minfer.runner.memory import GIB, num_kv_blocks
 
 logger = logging.getLogger("minfer.load")
@@ -64,7 +67,7 @@ class LoadedModel:
     cache: KVCache
     device: torch.device
     phases: PhaseTimer
-    draft: DraftModel | None = None
+    draft: DraftModel | DraftHead | None = None
 
     @property
     def max_model_len(self) -> int:
@@ -93,14 +96,20 @@ def load_model(config: EngineConfig, on_phase: Callable[[str], None] = lambda na
     with phases("read weights"), torch.inference_mode():
         model = create_model(model_config, ops, max_len, device)
         load_weights(model, finite(checkpoint.tensors(keep_packed=config.quant != "none"), checkpoint.tensor_infos))
-    draft = None
+    draft: Model | DraftHead | None = None
     if config.draft_model is not None:
         with phases("read draft model"), torch.inference_mode():
-            draft = _read_draft(config, config.draft_model, model_config, ops, max_len, device)
+            rounded = checkpoint.quantization is not None and config.quant != "none"
+            draft = _read_draft(config, config.draft_model, model_config, ops, max_len, device, rounded)
     with phases("size KV cache"):
-        blocks = num_kv_blocks(config, model_config, max_len, kv_dtype, device, draft.config if draft is not None else None)
+        drafted = draft.cached if isinstance(draft, DraftHead) else draft.config if draft is not None else None
+        blocks = num_kv_blocks(config, model_config, max_len, kv_dtype, device, drafted)
         cache = _kv_cache(model_config, blocks, config.block_size, kv_dtype, device)
-        drafting = None if draft is None else DraftModel(draft, _kv_cache(draft.config, blocks, config.block_size, kv_dtype, device))
+        drafting: DraftModel | DraftHead | None = None
+        if isinstance(draft, DraftHead):
+            drafting = draft.with_cache(blocks, config.block_size, kv_dtype, device)
+        elif draft is not None:
+            drafting = DraftModel(draft, _kv_cache(draft.config, blocks, config.block_size, kv_dtype, device))
     names: dict[str, Any] = {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "kv_cache_dtype": format_of(kv_dtype).name}
     resolved = dataclasses.replace(config, max_model_len=max_len, **names)
     logger.info("loaded %s: %s", config.model, ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.seconds.items()))
@@ -117,8 +126,18 @@ def _kv_cache(model: ModelConfig, blocks: int, block_size: int, dtype: torch.dty
     return cache
 
 
-def _read_draft(config: EngineConfig, name: str, target: ModelConfig, ops: Ops, max_len: int, device: torch.device) -> Model:
-    """Raises ConfigError where its tokens are others than the target's, or it can't go as far."""
+def _read_draft(
+    config: EngineConfig, name: str, target: ModelConfig, ops: Ops, max_len: int, device: torch.device, rounded: bool
+) -> Model | DraftHead:
+    """A model or, as its config tells, a head, which is rounded where the target is.
+
+    Raises ConfigError where its tokens are others than the target's, or it can't go as far.
+    """
+    if Path(name).expanduser().is_dir() and is_head(Path(name).expanduser()):
+        after = None if config.draft_states is None else tuple(int(n) for n in config.draft_states.split(","))
+        return load_head(Path(name).expanduser(), target, ops, max_len, device, after, rounded=rounded)
+    if config.draft_states is not None:
+        raise ConfigError(f"draft_states names layers for an EAGLE-3 head, but draft_model {name} is a whole model")
     checkpoint = open_checkpoint(resolve_model(name, load_format=config.load_format))
     own = checkpoint.config
     if own.vocab_size != target.vocab_size:

@@ -7,8 +7,23 @@ To the scheduler a draft is "more tokens for this request", and nothing else in 
 """
 
 from minfer.speculative.draft_model import DraftModelProposer
+from minfer.speculative.eagle import EagleProposer
+from minfer.speculative.final_state import MedusaProposer, ReDrafterProposer
+from minfer.speculative.heads import head_proposer
 from minfer.speculative.ngram import NgramProposer
 from minfer.speculative.speculation import Proposer, Speculation, SpeculationStats
 from minfer.speculative.verify import DraftRow, accepted
 
-__all__ = ["DraftModelProposer", "DraftRow", "NgramProposer", "Proposer", "Speculation", "SpeculationStats", "accepted"]
+__all__ = [
+    "DraftModelProposer",
+    "DraftRow",
+    "EagleProposer",
+    "MedusaProposer",
+    "NgramProposer",
+    "Proposer",
+    "ReDrafterProposer",
+    "Speculation",
+    "SpeculationStats",
+    "accepted",
+    "head_proposer",
+]

@@ -27,18 +27,27 @@ Reserve = Callable[[Request, int], int]  # the scheduler's
 
 
 class DraftModelProposer:
-    """`runner` runs the draft model over its own cache. `max_tokens`: the most tokens that it is given in one pass."""
+    """`runner` runs the draft model over its own cache. `max_tokens`: the most tokens that it is given in one pass.
+
+    With `shares_cache` the draft model is the target without some of its layers (Zhang et al., arXiv 2309.08168): the KV of
+    what it keeps is the target's own, always complete. What drafts leave in it lies behind the computed tokens, where the
+    target writes before it reads, so a wrong one needs no undoing.
+    """
 
     after: Sequence[int] = ()
 
-    def __init__(self, runner: ModelRunner, sampler: Sampler, reserve: Reserve, max_tokens: int) -> None:
+    def __init__(self, runner: ModelRunner, sampler: Sampler, reserve: Reserve, max_tokens: int, *, shares_cache: bool = False) -> None:
         self._runner = runner
         self._sampler = sampler
         self._reserve = reserve
         self._max_tokens = max_tokens
+        self._shares_cache = shares_cache
         self._computed: dict[Request, int] = {}  # tokens of each followed request that the draft's KV holds
 
     def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[Sequence[torch.Tensor]]) -> None:
+        if self._shares_cache:
+            self._computed = {item.request: item.request.num_computed_tokens for item in scheduled}
+            return
         known = self._computed
         # What a step computed anew for the target is missing here; what it found in the cache is not.
         self._computed = {item.request: min(known.get(item.request, item.start), item.request.num_computed_tokens) for item in scheduled}
@@ -69,7 +78,8 @@ class DraftModelProposer:
         return drafts
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        self._runner.cache.copy_blocks(copies)
+        if not self._shares_cache:
+            self._runner.cache.copy_blocks(copies)
 
     def _first_span(self, request: Request) -> RowSpan:
         start = self._computed[request]

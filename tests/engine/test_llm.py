@@ -164,7 +164,7 @@ def test_one_parameter_set_for_each_prompt(llm: LLM) -> None:
 
 def test_a_failing_step_fails_every_request_loudly_and_leaks_nothing(tiny_llama: Path) -> None:
     llm = LLM(str(tiny_llama), dtype="float32", max_model_len=128, kv_cache_memory=2**21, graphs=False)
-    forward, calls = llm.engine.core.runner.model.forward, 0
+    forward, calls = llm.engine.core.runner.model.forward_states, 0
 
     def fail_at_fifth(*args: Any) -> Any:
         nonlocal calls
@@ -173,7 +173,7 @@ def test_a_failing_step_fails_every_request_loudly_and_leaks_nothing(tiny_llama:
             raise RuntimeError("out of luck")
         return forward(*args)
 
-    llm.engine.core.runner.model.forward = fail_at_fifth  # type: ignore[method-assign]
+    llm.engine.core.runner.model.forward_states = fail_at_fifth  # type: ignore[method-assign]
     with pytest.raises(EngineDeadError, match="RuntimeError: out of luck"):
         llm.generate(["a", "b", "c"], SamplingParams(max_tokens=20, ignore_eos=True), use_tqdm=False)
     assert not llm.engine.has_unfinished_requests

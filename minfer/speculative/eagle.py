@@ -1,0 +1,166 @@
+"""EAGLE as a proposer: the head follows the target's states through its own KV, which lives in blocks numbered like the target's.
+
+Pair t of a sequence is (token t + 1, state t); its KV stands in the slot of token t. After a step that computed tokens up to n - 1
+and drew token n, pairs up to n - 1 are known:
+
+    target   0 1 2 ... n-1 | n                 n is drawn, not computed
+    pairs    0 1 2 ... n-1                     the last one's output is the first draft
+    drafts                   n  n+1 ...        pairs of a draft and the head's own output, overwritten by true ones later
+
+Pairs wait until they are needed, so that one pass brings them in and makes the first draft, and a request that isn't drafted for
+costs no more than a copy of its states. Only prompts are followed at once, because others may find their blocks in the prefix cache.
+The last slot of a cached block knows the token after the block of whoever wrote it last: one entry of many, and the target checks
+every draft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from minfer.kvcache import KVCache
+from minfer.models.eagle import Eagle3Head, EagleHead
+from minfer.runner import BatchBuilder, RowSpan
+from minfer.sampling import Sampler, SamplingRow
+from minfer.scheduler import Request, ScheduledRequest
+from minfer.speculative.draft_model import Reserve
+from minfer.speculative.verify import DraftRow
+
+LONGEST_WAIT = 64  # pairs that may wait for a request's next draft, while drafting doesn't pay
+
+Embed = Callable[[torch.Tensor], torch.Tensor]  # ids[T] -> [T, H]
+Logits = Callable[[torch.Tensor], torch.Tensor]  # [S, H] -> [S, V] float32 over the target's ids
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """Pairs `start`, `start` + 1, ... of a request that are not in the KV yet; by step, the target's states side by side: [n, F * H]."""
+
+    start: int
+    steps: list[torch.Tensor]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.steps))
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """A request's blocks without its tokens: what the batch builder is told of a pair is all in the span."""
+
+    blocks: list[int]
+    token_ids: list[int]
+
+
+class EagleProposer:
+    """`embed` and `logits` are the head's own, or the target's where it has none. `max_tokens`: the most pairs in one pass."""
+
+    def __init__(
+        self,
+        head: EagleHead | Eagle3Head,
+        cache: KVCache,
+        builder: BatchBuilder,
+        embed: Embed,
+        logits: Logits,
+        sampler: Sampler,
+        reserve: Reserve,
+        max_tokens: int,
+        after: Sequence[int],
+    ) -> None:
+        self.after = after
+        self._head, self._cache, self._builder = head, cache, builder
+        self._embed, self._logits = embed, logits
+        self._sampler, self._reserve, self._max_tokens = sampler, reserve, max_tokens
+        self._waiting: dict[Request, _Waiting] = {}
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        self._cache.copy_blocks(copies)
+
+    @torch.inference_mode()
+    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[Sequence[torch.Tensor]]) -> None:
+        known, self._waiting = self._waiting, {}
+        for item, layers in zip(scheduled, states, strict=True):
+            kept = item.request.num_computed_tokens - item.start
+            waiting = known.get(item.request)
+            if waiting is None or waiting.start + len(waiting) != item.start:
+                waiting = _Waiting(item.start, [])  # new here, or back after a preemption; a cached prefix brought its KV along
+            waiting.steps.append(torch.cat([layer[:kept] for layer in layers], -1))
+            self._waiting[item.request] = waiting
+        self._bring_in([item.request for item in scheduled if self._must_not_wait(item)])
+
+    def _must_not_wait(self, item: ScheduledRequest) -> bool:
+        return item.start < item.request.num_prompt_tokens or len(self._waiting[item.request]) > LONGEST_WAIT
+
+    @torch.inference_mode()
+    def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> list[list[int]]:
+        drafts: list[list[int]] = [[] for _ in requests]
+        # The first draft needs no slot, and the last one's is never written.
+        room = [self._reserve(request, request.num_tokens + count - 2) for request, count in zip(requests, counts, strict=True)]
+        limits = [min(count, held - request.num_tokens + 2) for request, count, held in zip(requests, counts, room, strict=True)]
+        going = [index for index, limit in enumerate(limits) if limit > 0]
+        if sum(len(self._waiting[requests[index]]) for index in going) > self._max_tokens:
+            self._bring_in([requests[index] for index in going])
+        if not going:
+            return drafts
+        spans = [_span(requests[index], self._waiting[requests[index]]) for index in going]
+        state = self._head.states(torch.cat([step for index in going for step in self._waiting[requests[index]].steps]))
+        for index in going:
+            self._waiting[requests[index]] = _Waiting(requests[index].num_computed_tokens, [])
+        while going:
+            guesses, state = self._run(spans, state)
+            rows: list[SamplingRow] = [DraftRow(requests[index], drafts[index]) for index in going]
+            sampled = self._sampler.sample(self._logits(guesses), rows)
+            for row, (index, token) in enumerate(zip(going, sampled.token_ids, strict=True)):
+                if row in sampled.failed:  # a mask left nothing of what the head can say
+                    limits[index] = 0
+                else:
+                    drafts[index].append(token)
+            staying = [row for row, index in enumerate(going) if len(drafts[index]) < limits[index]]
+            state = state if len(staying) == len(going) else state[staying]
+            going = [going[row] for row in staying]
+            spans = [_next_span(requests[index], drafts[index]) for index in going]
+        return drafts
+
+    def _run(self, spans: Sequence[RowSpan], state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What to guess from, and the state that stands for it, at each span's last pair: [R, H] each."""
+        batch = self._builder.build(spans)
+        guesses, state = self._head(batch, self._cache, self._embed(batch.token_ids), state)
+        if batch.logits_at.shape[0] == guesses.shape[0]:
+            return guesses, state
+        return guesses.index_select(0, batch.logits_at), state.index_select(0, batch.logits_at)
+
+    def _bring_in(self, requests: Sequence[Request]) -> None:
+        """Computes the KV of all waiting pairs of these but the last, which makes the next draft."""
+        spans: list[RowSpan] = []
+        states: list[torch.Tensor] = []
+        size = 0
+        for request in requests:
+            waiting = self._waiting[request]
+            rows = torch.cat(waiting.steps)
+            tokens, last = _tokens(request, waiting), len(rows) - 1
+            at = 0
+            while at < last:
+                count = min(last - at, self._max_tokens - size)
+                spans.append(RowSpan(_Blocks(request.blocks, []), waiting.start + at, count, 0, tokens[at : at + count]))
+                states.append(rows[at : at + count])
+                at, size = at + count, size + count
+                if size == self._max_tokens:
+                    self._run(spans, self._head.states(torch.cat(states)))
+                    spans, states, size = [], [], 0
+            if last > 0:
+                self._waiting[request] = _Waiting(waiting.start + last, [rows[last:].clone()])
+        if spans:
+            self._run(spans, self._head.states(torch.cat(states)))
+
+
+def _tokens(request: Request, waiting: _Waiting) -> list[int]:
+    return request.token_ids[waiting.start + 1 : waiting.start + 1 + len(waiting)]
+
+
+def _span(request: Request, waiting: _Waiting) -> RowSpan:
+    return RowSpan(_Blocks(request.blocks, []), waiting.start, len(waiting), 1, _tokens(request, waiting))
+
+
+def _next_span(request: Request, drafts: list[int]) -> RowSpan:
+    return RowSpan(_Blocks(request.blocks, []), request.num_tokens - 2 + len(drafts), 1, 1, drafts[-1:])

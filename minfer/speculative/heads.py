@@ -1,0 +1,47 @@
+"""From a loaded head to its proposer: who embeds, who makes logits, and the head's ids among the target's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from minfer.models import Model
+from minfer.models.eagle import Eagle3Head, EagleHead
+from minfer.models.medusa import MedusaHeads
+from minfer.runner import BatchBuilder, DraftHead
+from minfer.sampling import Sampler
+from minfer.speculative.draft_model import Reserve
+from minfer.speculative.eagle import EagleProposer
+from minfer.speculative.final_state import MedusaProposer, ReDrafterProposer
+
+
+def head_proposer(
+    head: DraftHead, target: Model, builder: BatchBuilder, sampler: Sampler, reserve: Reserve, max_tokens: int
+) -> EagleProposer | MedusaProposer | ReDrafterProposer:
+    """`max_tokens`: the most that `builder` takes in one batch."""
+    module, widen = head.module, widening(head.token_ids, sampler.vocab_size)
+    if isinstance(module, MedusaHeads):
+        return MedusaProposer(module, sampler, widen)
+    if not isinstance(module, (EagleHead, Eagle3Head)):
+        return ReDrafterProposer(module, target.model.embed_tokens, sampler, widen)
+    assert head.cache is not None, "load_model gives an EAGLE head its cache"
+    output = getattr(module, "lm_head", None)
+
+    def logits(x: torch.Tensor) -> torch.Tensor:
+        return target.compute_logits(x) if output is None else widen(output(x))
+
+    embed = getattr(module, "embed_tokens", target.model.embed_tokens)
+    return EagleProposer(module, head.cache, builder, embed, logits, sampler, reserve, max_tokens, head.after)
+
+
+def widening(token_ids: torch.Tensor | None, vocab_size: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Logits [S, Vd] over `token_ids` -> [S, V] over all ids, those that the head can't say being -inf."""
+
+    def widen(logits: torch.Tensor) -> torch.Tensor:
+        if token_ids is None:
+            return logits
+        return logits.new_full((logits.shape[0], vocab_size), -math.inf).index_copy_(1, token_ids, logits)
+
+    return widen
