@@ -34,6 +34,7 @@ ROOMS = [
     "scheduler",
     "speculative",
     "engine",
+    "training",
     "server",
     "cli",
 ]

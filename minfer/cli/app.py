@@ -23,6 +23,7 @@ from minfer.cli.ps import ps
 from minfer.cli.quantize import quantize
 from minfer.cli.serve import serve
 from minfer.cli.terminal import Terminal
+from minfer.cli.train_draft import train_draft
 
 app = typer.Typer(
     name="minfer",
@@ -38,6 +39,7 @@ app.command("serve")(serve)
 app.command("bench")(bench)
 app.command("perplexity")(perplexity)
 app.command("quantize")(quantize)
+app.command("train-draft")(train_draft)
 app.command("inspect")(inspect_model)
 app.command("fit")(fit)
 app.command("list")(list_models)

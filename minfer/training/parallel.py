@@ -1,0 +1,89 @@
+"""Medusa heads and the ReDrafter head as something to train: both guess from the model's final state of one token alone.
+
+    Medusa (Cai et al., arXiv 2401.10774)      guess k = lm_heads[k](block_k(h)),   block(x) = x + silu(W x + b)
+    ReDrafter (Cheng et al., arXiv 2403.09919)  s = silu(W e(token) + U s);  guess = lm_head(blocks(P [h, s])),  token by token
+
+Heads begin as the model's own output head over the commonest tokens; Medusa's blocks begin as the identity, as published.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minfer.training.eagle3 import shifted
+from minfer.training.head import Head, Target, distribution
+from minfer.training.samples import Samples
+
+
+class Medusa(Head):
+    def __init__(self, target: Target, vocabulary: torch.Tensor, depth: int) -> None:
+        super().__init__(target, vocabulary, depth)
+        h = target.config.hidden_size
+        self.blocks = nn.ModuleList(_MedusaBlock(h) for _ in range(depth))
+        self.lm_heads = nn.ModuleList(nn.Linear(h, len(vocabulary), bias=False) for _ in range(depth))
+        with torch.no_grad():
+            for head in self.lm_heads:
+                head.weight.copy_(target.head[vocabulary])  # type: ignore[operator]
+
+    def loss(self, samples: Samples) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            wanted = distribution(samples.final, self.target_rows)
+        total = torch.zeros(())
+        right = []
+        for step, (block, head) in enumerate(zip(self.blocks, self.lm_heads, strict=True)):
+            logits = head(block(samples.final))
+            total = total + 0.8**step * self.step_loss(logits, wanted, samples, step + 1)
+            right.append(self.rightness(logits.detach(), samples, step + 1))
+        return total, torch.stack(right)
+
+
+class _MedusaBlock(nn.Module):
+    def __init__(self, h: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(h, h)])
+        nn.init.zeros_(self.layers[0].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(self.layers[0].bias)  # type: ignore[arg-type]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + F.silu(self.layers[0](x))
+
+
+class ReDrafter(Head):
+    def __init__(self, target: Target, vocabulary: torch.Tensor, depth: int) -> None:
+        super().__init__(target, vocabulary, depth)
+        h = target.config.hidden_size
+        self.input_proj = nn.Linear(2 * h, h)
+        self.rnn_w = nn.Linear(h, h, bias=False)
+        self.rnn_u = nn.Linear(h, h)
+        self.lm_head = nn.Sequential(_ResBlock(h), nn.Linear(h, len(vocabulary), bias=False))
+        with torch.no_grad():
+            self.input_proj.weight[:, :h] = torch.eye(h)
+            self.input_proj.bias.zero_()
+            self.lm_head[1].weight.copy_(target.head[vocabulary])  # type: ignore[operator]
+
+    def loss(self, samples: Samples) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            wanted = distribution(samples.final, self.target_rows)
+            embeddings = self.embed(samples.tokens)
+        total = torch.zeros(())
+        right = []
+        state = torch.zeros_like(samples.final)
+        for step in range(self.depth):
+            state = F.silu(self.rnn_w(shifted(embeddings, 1 + step)) + self.rnn_u(state))
+            logits = self.lm_head(self.input_proj(torch.cat((samples.final, state), -1)))
+            total = total + 0.8**step * self.step_loss(logits, wanted, samples, step + 1)
+            right.append(self.rightness(logits.detach(), samples, step + 1))
+        return total, torch.stack(right)
+
+
+class _ResBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + F.silu(self.linear(x))
