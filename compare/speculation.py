@@ -1,9 +1,14 @@
-"""`python -m compare.speculation`: decoding with and without speculation, on texts that suit it and on one that doesn't.
+"""`python -m compare.speculation WHAT`: what guessing ahead is worth, in parts that take a few minutes each.
 
-Three kinds of text at batch 1 (code to edit, a source to quote, open chat) and open chat at growing batch sizes, where
-drafts stop paying. All engines live in this one process and take turns, A B C ... A B C, each with warm weights; figures are medians
-over rounds of tokens per second from the first token to the last. Outputs must be the same in every variant, or it stops.
-Writes `results/speculation-<date>-<host>.json` and the tables of `docs/speculative.md`, which are made from that file alone.
+    texts      plain and every proposer at batch 1: code to edit, a source to quote, open chat
+    batches    open chat at batch 1 to 32, where drafts stop paying and must switch themselves off
+    peers      vLLM's and llama.cpp's n-gram speculation on the same prompts
+    forced     a 7B shape with a small drafter, as a function of how often drafts are right
+    page       the tables of docs/speculative.md, from the newest file of each part
+
+minfer's engines live in this one process and take turns, A B C ... A B C, with warm weights; figures are medians over rounds of tokens per
+second from the first token to the last. Outputs must be the same in every variant, or it stops. Each part writes
+`results/speculation-WHAT-<date>-<host>.json`. A trained head takes part with `--head DIR` (`minfer train-draft smollm2-135m --out DIR`).
 """
 
 from __future__ import annotations
@@ -17,17 +22,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from compare import machine
+from compare import machine, speculation_forced, speculation_peers
 from compare.ablation import ROOT, fill
 from minfer import LLM, SamplingParams
 
 PAGE = ROOT / "docs" / "speculative.md"
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "ngram": {"speculative": "ngram"},
-    "ngram, always 8 drafts": {"speculative": "ngram", "adaptive_drafts": False},
-}
+PARTS = ("texts", "batches", "peers", "forced")
 BATCHES = (1, 2, 4, 8, 16, 32)
+TOKENS = 160
 
 CODE = """def read_config(path):
     with open(path) as handle:
@@ -58,23 +60,57 @@ TEXTS: dict[str, str] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m compare.speculation", description=__doc__)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m compare.speculation", description=__doc__, formatter_class=plain)
+    parser.add_argument("what", choices=[*PARTS, "page"])
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--rounds", type=int, default=5, help="times that every variant answers every text")
-    parser.add_argument("--from", dest="source", type=Path, help="make the page from an earlier run's file")
+    parser.add_argument("--head", type=Path, help="a drafting head trained for the model")
+    parser.add_argument("--rounds", type=int, default=5, help="times that everything is timed")
+    parser.add_argument("--target", default="llama2-7b", help="forced: the shape that is drafted for")
+    parser.add_argument("--drafter", default="tinyllama-1.1b", help="forced: the shape that drafts")
     options = parser.parse_args()
-    source = options.source or measure(options.model, options.rounds)
-    PAGE.write_text(fill(PAGE.read_text(), tables(json.loads(source.read_text()))))
-    print(f"{source} -> {PAGE}")
+    if options.what != "page":
+        facts = {"machine": machine.describe(), "rounds": options.rounds, "command": _command(options)}
+        target = ROOT / "results" / f"speculation-{options.what}-{time.strftime('%Y-%m-%d')}-{socket.gethostname()}.json"
+        target.write_text(json.dumps({**facts, **_measure(options)}, indent=1) + "\n")
+        print(target)
+    PAGE.write_text(fill(PAGE.read_text(), tables()))
 
 
-def measure(model: str, rounds: int) -> Path:
-    engines = {name: LLM(model, max_model_len=2048, **settings) for name, settings in VARIANTS.items()}
-    cases = [(kind, 1) for kind in TEXTS] + [("open chat", batch) for batch in BATCHES[1:]]
+def _measure(options: argparse.Namespace) -> dict[str, Any]:
+    if options.what == "texts":
+        return {"model": options.model, "runs": measure(options, [(kind, 1) for kind in TEXTS], variants(options.head, skip=True))}
+    if options.what == "batches":
+        return {"model": options.model, "runs": measure(options, [("open chat", batch) for batch in BATCHES], variants(options.head))}
+    if options.what == "peers":
+        tokenizer = LLM(options.model, max_model_len=256, kv_cache_memory=2**24).get_tokenizer()
+        prompts = {kind: tokenizer.apply_chat_template([{"role": "user", "content": text}]) for kind, text in TEXTS.items()}
+        runs = [run for peer in speculation_peers.PEERS for run in speculation_peers.measure(peer, prompts, TOKENS, options.rounds, 8)]
+        return {"runs": runs}
+    forced = {"target": options.target, "drafter": options.drafter, "quant": "int4", "drafts": 4}
+    return {**forced, "runs": speculation_forced.measure(options.target, options.drafter, "int4", 4, 32, min(options.rounds, 3))}
+
+
+def variants(head: Path | None, *, skip: bool = False) -> dict[str, dict[str, Any]]:
+    """What takes part: the settings of each variant, `plain` first."""
+    found: dict[str, dict[str, Any]] = {"plain": {}, "ngram": {"speculative": "ngram"}}
+    if skip:
+        found["ngram, always 8 drafts"] = {"speculative": "ngram", "adaptive_drafts": False}
+        found["skip"] = {"speculative": "skip", "num_draft_tokens": 4}
+    if head is not None:
+        kind = json.loads((head / "config.json").read_text()).get("architectures", ["head"])[0]
+        name = "EAGLE-3 head" if "Eagle3" in kind else f"{kind} head"
+        found[name] = {"speculative": "draft", "draft_model": str(head), "num_draft_tokens": 4}
+    return found
+
+
+def measure(options: argparse.Namespace, cases: list[tuple[str, int]], chosen: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every variant's answer to every (text, batch), in turns; the first round warms up."""
+    engines = {name: LLM(options.model, max_model_len=2048, max_num_seqs=32, **settings) for name, settings in chosen.items()}
     runs: list[dict[str, Any]] = []
-    for number in range(rounds + 1):  # the first round warms up
+    for number in range(options.rounds + 1):
         for kind, batch in cases:
-            print(f"round {number} of {rounds}: {kind}, batch {batch}", file=sys.stderr)
+            print(f"round {number} of {options.rounds}: {kind}, batch {batch}", file=sys.stderr)
             answers = {name: answer(llm, kind, batch) for name, llm in engines.items()}
             if any(result["tokens"] != answers["plain"]["tokens"] for result in answers.values()):
                 raise SystemExit(f"{kind} at batch {batch}: speculation changed the output")
@@ -82,10 +118,7 @@ def measure(model: str, rounds: int) -> Path:
                 runs += [{"text": kind, "batch": batch, "variant": name, **result} for name, result in answers.items()]
     for run in runs:
         del run["tokens"]
-    target = ROOT / "results" / f"speculation-{time.strftime('%Y-%m-%d')}-{socket.gethostname()}.json"
-    facts = {"machine": machine.describe(), "model": model, "rounds": rounds, "command": f"python -m compare.speculation --rounds {rounds}"}
-    target.write_text(json.dumps({**facts, "runs": runs}, indent=1) + "\n")
-    return target
+    return runs
 
 
 def answer(llm: LLM, kind: str, batch: int) -> dict[str, Any]:
@@ -93,8 +126,9 @@ def answer(llm: LLM, kind: str, batch: int) -> dict[str, Any]:
     chats = [[{"role": "user", "content": f"{TEXTS[kind]}" + (f" ({copy})" if batch > 1 else "")}] for copy in range(batch)]
     speculation = llm.engine.core.speculation
     before = speculation.stats.snapshot() if speculation is not None else None
+    depths = list(speculation.stats.accepted_at) if speculation is not None else []
     started = time.perf_counter()
-    outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=160), use_tqdm=False)
+    outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=TOKENS), use_tqdm=False)
     wall = time.perf_counter() - started
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
     first = max(output.metrics.first_token_time or 0.0 for output in outputs)
@@ -104,32 +138,60 @@ def answer(llm: LLM, kind: str, batch: int) -> dict[str, Any]:
     if speculation is not None and before is not None:
         now = speculation.stats.snapshot()
         result["drafts"] = {name: now[name] - before[name] for name in now}
+        result["accepted_at"] = [count - old for count, old in zip(speculation.stats.accepted_at, depths, strict=True)]
     return result
 
 
-def tables(results: dict[str, Any]) -> str:
-    cpu = results["machine"].get("cpu", "this CPU")
+def tables() -> str:
+    """All parts that have been measured."""
+    parts = []
+    for part, show in (
+        ("texts", texts_table),
+        ("batches", batches_table),
+        ("peers", speculation_peers.table),
+        ("forced", speculation_forced.table),
+    ):
+        files = sorted((ROOT / "results").glob(f"speculation-{part}-*.json"), key=lambda file: file.name)
+        if files:
+            parts.append(show(json.loads(files[-1].read_text())))
+    return "\n".join(parts)
+
+
+def texts_table(results: dict[str, Any]) -> str:
     lines = [
-        f"{results['model']} on {cpu}, {results['machine'].get('cores', '?')} cores; medians of {results['rounds']} interleaved rounds; "
-        f"`{results['command']}`.",
+        _heading(results),
         "",
-        "| text, batch 1 | " + " | ".join(f"{name}, tok/s" for name in VARIANTS) + " | speed-up | tokens kept of drafted | tokens a step |",
-        "|---" * (len(VARIANTS) + 4) + "|",
+        "| text, batch 1 | variant | tokens/s | against plain | tokens a step | drafts right at depth 1, 2, ... |",
+        "|---|---|---|---|---|---|",
     ]
     for kind in TEXTS:
-        speeds = [speed(results, kind, 1, name) for name in VARIANTS]
-        drafts = next(run["drafts"] for run in results["runs"] if (run["text"], run["batch"], run["variant"]) == (kind, 1, "ngram"))
-        kept = f"{drafts['accepted_tokens']} of {drafts['draft_tokens']}"
-        length = 1 + drafts["accepted_tokens"] / max(1, drafts["drafts"])
-        lines.append(f"| {kind} | {' | '.join(f'{s:,.0f}' for s in speeds)} | {speeds[1] / speeds[0]:.2f}x | {kept} | {length:.1f} |")
-    lines += [
+        plain = speed(results, kind, 1, "plain")
+        for name in dict.fromkeys(run["variant"] for run in results["runs"]):
+            run = next(run for run in results["runs"] if (run["text"], run["variant"]) == (kind, name))
+            now = speed(results, kind, 1, name)
+            lines.append(f"| {kind} | {name} | {now:,.0f} | {now / plain:.2f}x | {_acceptance(run)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _acceptance(run: dict[str, Any]) -> str:
+    drafts = run.get("drafts")
+    if not drafts or not drafts["drafts"]:
+        return "1.0 | no drafts"
+    shares = [count / drafts["drafts"] for count in run["accepted_at"]]
+    return f"{run['output_tokens'] / (run['output_tokens'] - drafts['accepted_tokens']):.1f} | {', '.join(f'{s:.0%}' for s in shares[:4])}"
+
+
+def batches_table(results: dict[str, Any]) -> str:
+    names = list(dict.fromkeys(run["variant"] for run in results["runs"]))
+    lines = [
+        _heading(results),
         "",
-        "| open chat, batch | " + " | ".join(f"{name}, tok/s" for name in VARIANTS) + " | ngram / plain |",
-        "|---" * (len(VARIANTS) + 2) + "|",
+        "| open chat, batch | " + " | ".join(f"{name}, tokens/s" for name in names) + " | worst against plain |",
+        "|---" * (len(names) + 2) + "|",
     ]
     for batch in BATCHES:
-        speeds = [speed(results, "open chat", batch, name) for name in VARIANTS]
-        lines.append(f"| {batch} | {' | '.join(f'{s:,.0f}' for s in speeds)} | {speeds[1] / speeds[0]:.2f}x |")
+        speeds = [speed(results, "open chat", batch, name) for name in names]
+        lines.append(f"| {batch} | {' | '.join(f'{s:,.0f}' for s in speeds)} | {min(speeds[1:]) / speeds[0]:.2f}x |")
     return "\n".join(lines) + "\n"
 
 
@@ -137,6 +199,17 @@ def speed(results: dict[str, Any], kind: str, batch: int, variant: str) -> float
     runs = results["runs"]
     found = [run["decode_tokens_per_s"] for run in runs if (run["text"], run["batch"], run["variant"]) == (kind, batch, variant)]
     return float(statistics.median(found))
+
+
+def _heading(results: dict[str, Any]) -> str:
+    cpu = results["machine"].get("cpu", "this CPU")
+    cores = results["machine"].get("cores", "?")
+    return f"{results['model']} on {cpu}, {cores} cores; medians of {results['rounds']} interleaved rounds; `{results['command']}`."
+
+
+def _command(options: argparse.Namespace) -> str:
+    head = " --head DIR" if options.head else ""
+    return f"python -m compare.speculation {options.what}{head} --rounds {options.rounds}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,48 @@
+"""compare.speculation: drafts as right as they were told to be, and a page from stored figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compare import speculation, speculation_forced
+from compare.speculation_forced import Forced
+from minfer import LLM, SamplingParams
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.6, 1.0])
+def test_forced_drafts_are_right_as_often_as_wanted_and_change_nothing(tiny_llama: Path, rate: float) -> None:
+    options: dict[str, Any] = {"dtype": "float32", "threads": 1, "kv_cache_memory": 2**22}
+    drafting = {"speculative": "draft", "draft_model": str(tiny_llama), "adaptive_drafts": False, "num_draft_tokens": 4}
+    llm = LLM(str(tiny_llama), **options, **drafting)
+    core = llm.engine.core.speculation
+    assert core is not None
+    core.proposer = forced = Forced(core.proposer, 512)
+    params = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
+    plain, with_drafts = [], []
+    plain += llm.generate({"prompt_token_ids": [5, 6, 7]}, params, use_tqdm=False)[0].outputs[0].token_ids
+    assert core.stats.num_drafts == 0
+    forced.truth, forced.rate = plain, rate
+    with_drafts += llm.generate({"prompt_token_ids": [5, 6, 7]}, params, use_tqdm=False)[0].outputs[0].token_ids
+    assert with_drafts == plain
+    first = core.stats.accepted_at[0] / core.stats.num_drafts
+    assert abs(first - rate) <= (0 if rate in (0.0, 1.0) else 0.2)
+
+
+def test_the_page_is_made_of_stored_figures() -> None:
+    machine = {"cpu": "a CPU", "cores": 2}
+    drafts = {"drafts": 50, "draft_tokens": 150, "accepted_tokens": 60}
+    runs = [
+        {"text": kind, "batch": batch, "variant": name, "decode_tokens_per_s": speed, "output_tokens": 160, **more}
+        for kind in speculation.TEXTS
+        for batch in speculation.BATCHES
+        for name, speed, more in (("plain", 100.0, {}), ("ngram", 150.0, {"drafts": drafts, "accepted_at": [40, 20, 0]}))
+    ]
+    results = {"machine": machine, "model": "m", "rounds": 3, "command": "c", "runs": runs}
+    assert "| quoting | ngram | 150 | 1.50x | 1.6 | 80%, 40%, 0% |" in speculation.texts_table(results)
+    assert "| 32 | 100 | 150 | 1.50x |" in speculation.batches_table(results)
+    rates = [{"rate": None, "tokens_per_s": 7.0, "tokens_a_step": 1.0}, {"rate": 0.5, "tokens_per_s": 10.5, "tokens_a_step": 1.9}]
+    forced = {"target": "big", "drafter": "small", "quant": "int4", "drafts": 4, "command": "c", "runs": rates}
+    assert "| 50% | 10.50 | 1.9 | 1.50x |" in speculation_forced.table(forced)
