@@ -25,7 +25,9 @@ TESTS = (
     ("tests/kernels/test_triton_attention.py",),
     ("tests/kernels/test_triton_elementwise.py",),
     ("tests/kernels/test_triton_linear.py",),
+    ("tests/kernels/test_triton_kv_codes.py",),
     ("tests/kernels/test_triton_engine.py",),
+    ("tests/runner/test_decode_graphs.py",),
     ("tests/sampling/test_sampler.py", "-m", "gpu"),
 )
 BATCH_SIZES = (1, 8, 64, 256)

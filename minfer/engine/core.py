@@ -16,7 +16,8 @@ import torch
 from minfer.kvcache import KVCache
 from minfer.models import Model
 from minfer.runner import BatchBuilder, DraftHead, LoadedModel, ModelRunner, RowSpan
-from minfer.runner.graphs import Graph, can_capture, capture
+from minfer.runner.decode_graphs import DecodeGraphs
+from minfer.runner.graphs import Graph, can_capture, can_capture_on_gpu, capture
 from minfer.sampling import LogitsProcessor, RowLogprobs, Sampler, SamplerOutput, SamplingRow, prompt_logprobs
 from minfer.scheduler import Request, ScheduledRequest, Scheduler, SchedulerOutput, create_policy
 from minfer.speculative import DraftModelProposer, DraftRow, NgramProposer, Proposer, Speculation, accepted, head_proposer
@@ -187,8 +188,11 @@ def _builder(loaded: LoadedModel) -> BatchBuilder:
 
 
 def _graph(loaded: LoadedModel, model: Model, cache: KVCache, after: Sequence[int] = ()) -> Graph | None:
-    """The model's step recorded for every batch up to the largest; None where the kernels in use can't be recorded."""
+    """The model's step recorded for every batch up to the largest, on a GPU for decode steps; None where the kernels can't be recorded."""
     config = loaded.config
+    if loaded.device.type == "cuda" and config.graphs and can_capture_on_gpu(loaded.ops):
+        sizes = (config.max_num_seqs, loaded.max_model_len, config.block_size)
+        return DecodeGraphs(lambda batch: model.forward_states(batch, cache, after), loaded.device, *sizes)
     if not config.graphs or not can_capture(loaded.ops):
         return None
     return capture(lambda batch: model.forward_states(batch, cache, after), loaded.ops, config.max_num_batched_tokens, config.max_num_seqs)

@@ -2,8 +2,8 @@
 
 At decode sizes the Python around an op costs more than the op. A `Graph` removes it below the op table, so model code
 stays as it is and eager mode remains for reading and debugging. On the CPU one recording serves every batch size up to the
-largest, because its kernels decide at run time what depends on the size (`kernels/cpu/recorder.py`). What a CUDA graph needs
-besides, static input buffers and one capture per size, comes with the Triton backend behind the same two calls.
+largest, because its kernels decide at run time what depends on the size (`kernels/cpu/recorder.py`). A CUDA graph fixes addresses
+and grids, so it needs static buffers and one capture a batch size, and serves decode steps only (`runner/decode_graphs.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ class Graph(Protocol):
     def replay(self, batch: Batch) -> list[torch.Tensor]:
         """What the captured function returns for this batch, [T, ...] each. The memory is the graph's: valid until the next replay."""
         ...
+
+
+def can_capture_on_gpu(ops: Ops) -> bool:
+    """Whether every op is one that a CUDA graph can hold: none asks the device for anything while it is launched."""
+    return all(how == "triton" or how.startswith("dequantised") for how in ops.chosen.values())
 
 
 def can_capture(ops: Ops) -> bool:

@@ -21,7 +21,7 @@ def moved(batch: Batch) -> Batch:
 
 
 def on_device(cache: LayerCache) -> LayerCache:
-    return LayerCache(cache.k.to(DEVICE), cache.v.to(DEVICE))
+    return LayerCache(*(None if tensor is None else tensor.to(DEVICE) for tensor in (cache.k, cache.v, cache.k_scale, cache.v_scale)))
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

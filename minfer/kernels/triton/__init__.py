@@ -34,7 +34,7 @@ class TritonBackend(Backend):
     """The kernels for one device; `target` is what they need to know of it, where it isn't here to be asked."""
 
     name = "triton"
-    kv_formats = ("fp32", "bf16", "fp16")
+    kv_formats = ("fp32", "bf16", "fp16", "int8", "int4")
 
     def __init__(self, device: torch.device, dtype: torch.dtype, target: Target | None = None) -> None:
         """Raises ConfigError for a device or type that the kernels can't run on."""
@@ -62,7 +62,7 @@ class TritonBackend(Backend):
         window: int | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        return attention(q, cache, batch, scale, window, softcap, processors=self.target.processors)
+        return attention(q, cache, batch, scale, window, softcap, processors=self.target.processors, ptx=self.target.nvidia)
 
     def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
         if isinstance(weight, PackedWeight):

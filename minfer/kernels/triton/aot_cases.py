@@ -33,22 +33,30 @@ def _rotary(backend: TritonBackend) -> None:
     backend.rotary(q, k, meta(64, dtype=torch.int32), meta(8192, 128, dtype=torch.float32))
 
 
-def _write_kv(backend: TritonBackend) -> None:
-    _, k, v = meta(64, 48, 128).split((32, 8, 8), dim=1)
-    backend.write_kv(k, v, _cache(8, 128), meta(64, dtype=torch.int64))
+def _write_kv(dtype: torch.dtype) -> Case:
+    def call(backend: TritonBackend) -> None:
+        _, k, v = meta(64, 48, 128).split((32, 8, 8), dim=1)
+        backend.write_kv(k, v, _cache(8, 128, dtype), meta(64, dtype=torch.int64))
+
+    return call
 
 
-def _cache(kv_heads: int, dim: int) -> LayerCache:
-    return LayerCache(meta(1024, kv_heads, 16, dim), meta(1024, kv_heads, 16, dim))
+QUANTISED_KV = {"int8": torch.int8, "int4": torch.uint8}
 
 
-def _attention(new: int, total: int, requests: int, heads: int = 32, kv_heads: int = 8, dim: int = 128, **masks: Any) -> Case:
+def _cache(kv_heads: int, dim: int, dtype: torch.dtype) -> LayerCache:
+    return LayerCache.empty(1024, kv_heads, 16, dim, dtype, META)
+
+
+def _attention(
+    new: int, total: int, requests: int, heads: int = 32, kv_heads: int = 8, dim: int = 128, stored: torch.dtype = DTYPE, **masks: Any
+) -> Case:
     def call(backend: TritonBackend) -> None:
         start, lens, table = (meta(*shape, dtype=torch.int32) for shape in ((requests + 1,), (requests,), (requests, 64)))
         none = meta(0, dtype=torch.int32)
         batch = Batch(none, none, none, start, lens, table, none, [new] * requests, [total] * requests)
         q = meta(new * requests, heads + 2 * kv_heads, dim)[:, :heads]
-        backend.attention(q, _cache(kv_heads, dim), batch, dim**-0.5, **masks)
+        backend.attention(q, _cache(kv_heads, dim, stored), batch, dim**-0.5, **masks)
 
     return call
 
@@ -89,7 +97,8 @@ def _products() -> dict[str, Case]:
 CASES: dict[str, Case] = {
     "rms_norm": lambda backend: backend.rms_norm(meta(64, 4096), meta(4096), 1e-5, meta(64, 4096)),
     "rotary": _rotary,
-    "write_kv": _write_kv,
+    "write_kv": _write_kv(DTYPE),
+    **{f"write_kv, {name}": _write_kv(dtype) for name, dtype in QUANTISED_KV.items()},
     "act_mul": lambda backend: backend.act_mul(meta(64, 2 * 14336), "silu"),
     "argmax": lambda backend: backend.argmax(meta(64, 128256, dtype=torch.float32)),
     "embedding": lambda backend: backend.prepare(meta(128256, 4096), DTYPE).embedding(meta(64, dtype=torch.int32)),  # type: ignore[union-attr]
@@ -100,6 +109,8 @@ CASES: dict[str, Case] = {
     "attention, prompt, window": _attention(512, 8192, 4, window=4096),
     "attention, prompt, softcap, heads of 256": _attention(512, 512, 4, heads=16, dim=256, softcap=50.0),
     "attention, 64 sequences, smollm2": _attention(1, 1024, 64, heads=9, kv_heads=3, dim=64),
+    **{f"attention, 64 sequences, {name} cache": _attention(1, 4096, 64, stored=dtype) for name, dtype in QUANTISED_KV.items()},
+    "attention, prompt, int8 cache": _attention(512, 512, 4, stored=torch.int8),
     "linear, bf16, 1 row": _linear(meta(6144, 4096), 1),
     "linear, bf16, 4 rows": _linear(meta(6144, 4096), 4),
     **_products(),

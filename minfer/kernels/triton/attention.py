@@ -25,12 +25,16 @@ the context is cut into `splits` runs of tiles, each program leaves its (output,
 them. The number of splits follows from the number of processors and from the context, about 256 keys a split at least; it depends on
 the batch, so outputs may differ in their last bit from one batch to another.
 
+A quantised cache (`kv_codes.py`) has one scale a key and head, which never meets a number of a row: it multiplies the score after
+q . code, and the probability before p . code. Rows of int4 are rotated: so is q, and the output is turned back (`rotate_kernel`).
+The halves of an int4 row share bytes: a score is two products of half the size, and there are two halves of the output.
+
 Bytes: at decode, K and V of every request once, 2 L Hk D values: bound by memory, 4 L Hq D operations. A prompt of n tokens does
 2 n^2 Hq D operations on 2 n Hk D values: bound by the matrix units.
 
 Tried (compiled for sm_80, sm_90, gfx90a, gfx942; docs/kernels-gpu.md has the result, nothing was timed): see `_tiles`.
 
-Left out: attention sinks, tree masks, a shared-prefix form, and a cache in less than 16 bits.
+Left out: attention sinks, tree masks and a shared-prefix form.
 """
 
 from __future__ import annotations
@@ -44,17 +48,21 @@ import triton.language as tl
 from minfer.batch import Batch
 from minfer.errors import ConfigError
 from minfer.kernels.triton.checks import index, power_of_2, row_stride
-from minfer.kernels.triton.write_kv import check_cache
+from minfer.kernels.triton.kv_codes import INT4, PLAIN, kind_of, kv_numbers, rotated, value_unit
+from minfer.kernels.triton.write_kv import check_cache, stored
 from minfer.kvcache import LayerCache
 
 _KEYS_PER_SPLIT = 256
 _LOG2E = math.log2(math.e)
+_PLAIN, _INT4 = tl.constexpr(PLAIN), tl.constexpr(INT4)
 
 
 @triton.jit
 def _attend(
     q,
+    q_high,
     acc,
+    acc_high,
     m,
     norm,
     first_key,
@@ -62,11 +70,17 @@ def _attend(
     seq_len,
     k_base,
     v_base,
+    k_scale_base,
+    v_scale_base,
     table,
     block_stride,
     window,
     scale,
     softcap,
+    KIND: tl.constexpr,
+    PTX: tl.constexpr,
+    V_UNIT: tl.constexpr,
+    V_FACTOR: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     DIM: tl.constexpr,
     DIM_TILE: tl.constexpr,
@@ -75,7 +89,7 @@ def _attend(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """One tile of keys: q [BLOCK_M, DIM_TILE], position [BLOCK_M] of each row, scale in units of log2."""
+    """One tile of keys: q [BLOCK_M, DIM_TILE], position [BLOCK_M] of each row, scale in units of log2. DIM: stored elements a row."""
     key = first_key + tl.arange(0, TILE)
     at = tl.arange(0, DIM_TILE)
     # An unmasked tile lies within the sequence; past its end the block table and the pool hold anything, NaN included.
@@ -93,7 +107,13 @@ def _attend(
     else:
         k = tl.load(k_at)
         v = tl.load(v_at)
-    s = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale  # [BLOCK_M, TILE]
+    s = tl.dot(q, kv_numbers(k, KIND, 0, PTX, q.dtype), input_precision="ieee")  # [BLOCK_M, TILE]
+    if KIND == _INT4:
+        s = tl.dot(q_high, kv_numbers(k, KIND, 1, PTX, q.dtype), s, input_precision="ieee")
+    s *= scale
+    if KIND != _PLAIN:
+        at_scale = block * (block_stride // DIM) + key % BLOCK_SIZE
+        s *= tl.load(k_scale_base + at_scale, mask=live, other=0.0).to(tl.float32)[None, :]
     if SOFTCAP:  # softcap x tanh(s / softcap), by way of the exponential: tanh(x) = 1 - 2 / (e^2x + 1)
         cap = softcap * 1.4426950408889634
         s = cap * (1.0 - 2.0 / (tl.exp2(s / cap * 2.8853900817779268) + 1.0))
@@ -108,8 +128,20 @@ def _attend(
     p = tl.exp2(s - finite[:, None])
     shrink = tl.exp2(m - finite)
     norm = norm * shrink + tl.sum(p, axis=1)
-    acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
-    return acc, m_new, norm
+    if KIND != _PLAIN:
+        p *= tl.load(v_scale_base + at_scale, mask=live, other=0.0).to(tl.float32)[None, :] * V_FACTOR
+    weight = p.to(q.dtype)
+    acc = tl.dot(weight, _small(kv_numbers(v, KIND, 0, PTX, q.dtype), V_UNIT), acc * shrink[:, None], input_precision="ieee")
+    if KIND == _INT4:
+        acc_high = tl.dot(weight, _small(kv_numbers(v, KIND, 1, PTX, q.dtype), V_UNIT), acc_high * shrink[:, None], input_precision="ieee")
+    return acc, acc_high, m_new, norm
+
+
+@triton.jit
+def _small(number, UNIT: tl.constexpr):
+    if UNIT != 1.0:
+        number = (number * UNIT).to(number.dtype)
+    return number
 
 
 @triton.jit
@@ -117,6 +149,8 @@ def attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     out_ptr,
     partial_ptr,
     lse_ptr,
@@ -131,8 +165,12 @@ def attention_kernel(
     scale,
     softcap,
     GROUP: tl.constexpr,  # query heads per KV head
+    KIND: tl.constexpr,
+    PTX: tl.constexpr,
+    V_UNIT: tl.constexpr,
+    V_FACTOR: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    DIM: tl.constexpr,
+    DIM: tl.constexpr,  # stored elements a row: of int4 half the head
     DIM_TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
@@ -162,8 +200,12 @@ def attention_kernel(
     position = seq_len - query_len + token
     at = tl.arange(0, DIM_TILE)
     heads = kv_heads * GROUP
-    q_at = q_ptr + (start + token).to(tl.int64)[:, None] * q_stride + head[:, None] * DIM + at[None, :]
+    HEAD: tl.constexpr = 2 * DIM if KIND == _INT4 else DIM
+    q_at = q_ptr + (start + token).to(tl.int64)[:, None] * q_stride + head[:, None] * HEAD + at[None, :]
     q = tl.load(q_at, mask=real[:, None] & (at < DIM)[None, :], other=0.0)
+    q_high = q
+    if KIND == _INT4:
+        q_high = tl.load(q_at + DIM, mask=real[:, None] & (at < DIM)[None, :], other=0.0)
 
     first_position = seq_len - query_len + first
     last_position = tl.minimum(first_position + BLOCK_Q, seq_len) - 1
@@ -181,31 +223,42 @@ def attention_kernel(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, DIM_TILE], tl.float32)
+    if KIND == _INT4:
+        acc_high = tl.zeros([BLOCK_M, DIM_TILE], tl.float32)
+    else:
+        acc_high = 0.0
+    k_scale_base = k_scale_ptr
+    v_scale_base = v_scale_ptr
+    if KIND != _PLAIN:
+        k_scale_base += kv_head * BLOCK_SIZE
+        v_scale_base += kv_head * BLOCK_SIZE
     k_base = k_ptr + kv_head * (BLOCK_SIZE * DIM)
     v_base = v_ptr + kv_head * (BLOCK_SIZE * DIM)
     block_stride = kv_heads * (BLOCK_SIZE * DIM)
     table = tables_ptr + low.to(tl.int64) * table_stride
     for n in range(begin, bulk):
-        acc, m, norm = _attend(
-            q, acc, m, norm, n * TILE, position, seq_len, k_base, v_base, table, block_stride, window, scale, softcap,
-            BLOCK_SIZE, DIM, DIM_TILE, TILE, False, False, SOFTCAP,
+        acc, acc_high, m, norm = _attend(
+            q, q_high, acc, acc_high, m, norm, n * TILE, position, seq_len, k_base, v_base, k_scale_base, v_scale_base, table, block_stride,
+            window, scale, softcap, KIND, PTX, V_UNIT, V_FACTOR, BLOCK_SIZE, DIM, DIM_TILE, TILE, False, False, SOFTCAP,
         )  # fmt: skip
     for n in range(bulk, end):
-        acc, m, norm = _attend(
-            q, acc, m, norm, n * TILE, position, seq_len, k_base, v_base, table, block_stride, window, scale, softcap,
-            BLOCK_SIZE, DIM, DIM_TILE, TILE, True, WINDOW, SOFTCAP,
+        acc, acc_high, m, norm = _attend(
+            q, q_high, acc, acc_high, m, norm, n * TILE, position, seq_len, k_base, v_base, k_scale_base, v_scale_base, table, block_stride,
+            window, scale, softcap, KIND, PTX, V_UNIT, V_FACTOR, BLOCK_SIZE, DIM, DIM_TILE, TILE, True, WINDOW, SOFTCAP,
         )  # fmt: skip
     empty = norm == 0.0  # rows of padding, and of a split without keys
     norm = tl.where(empty, 1.0, norm)
-    out = acc / norm[:, None]
     out_row = (start + token).to(tl.int64) * heads + head  # [BLOCK_M]
     out_mask = real[:, None] & (at < DIM)[None, :]
     if SPLITS > 1:
         place = out_row * SPLITS + split
-        tl.store(partial_ptr + place[:, None] * DIM + at[None, :], out, mask=out_mask)
         tl.store(lse_ptr + place, tl.where(empty, float("-inf"), m + tl.log2(norm)), mask=real)
+        out_at = partial_ptr + place[:, None] * HEAD + at[None, :]
     else:
-        tl.store(out_ptr + out_row[:, None] * DIM + at[None, :], out.to(out_ptr.dtype.element_ty), mask=out_mask)
+        out_at = out_ptr + out_row[:, None] * HEAD + at[None, :]
+    tl.store(out_at, (acc / norm[:, None]).to(out_at.dtype.element_ty), mask=out_mask)
+    if KIND == _INT4:
+        tl.store(out_at + DIM, (acc_high / norm[:, None]).to(out_at.dtype.element_ty), mask=out_mask)
 
 
 @triton.jit
@@ -221,16 +274,41 @@ def merge_kernel(partial_ptr, lse_ptr, out_ptr, DIM: tl.constexpr, DIM_TILE: tl.
     tl.store(out_ptr + row * DIM + at, out.to(out_ptr.dtype.element_ty), mask=at < DIM)
 
 
-def _tiles(group: int, dim_tile: int, wide: bool, itemsize: int) -> tuple[int, int, dict[str, int]]:
+@triton.jit
+def rotate_kernel(
+    x_ptr, out_ptr, x_stride, heads,
+    DIM: tl.constexpr, DIM_TILE: tl.constexpr, HEADS: tl.constexpr, STEPS: tl.constexpr, FACTOR: tl.constexpr,
+):  # fmt: skip
+    """Rows of DIM numbers times the Walsh-Hadamard matrix: grid (T, head groups)."""
+    row, head, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, DIM_TILE)
+    place = head[:, None] * DIM + at[None, :]
+    inside = (head < heads)[:, None] & (at < DIM)[None, :]
+    x = rotated(tl.load(x_ptr + row * x_stride + place, mask=inside, other=0.0).to(tl.float32), STEPS, FACTOR)
+    tl.store(out_ptr + row * (heads * DIM) + place, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _rotated(x: torch.Tensor, stride: int) -> torch.Tensor:
+    tokens, heads, dim = x.shape
+    out = torch.empty((tokens, heads, dim), dtype=x.dtype, device=x.device)
+    width, run = power_of_2(dim), dim & -dim
+    tile = min(power_of_2(heads), max(1, 2048 // width))
+    meta = {"DIM": dim, "DIM_TILE": width, "HEADS": tile, "STEPS": run.bit_length() - 1, "FACTOR": 1 / math.sqrt(run), "num_warps": 4}
+    rotate_kernel[(tokens, triton.cdiv(heads, tile))](x, out, stride, heads, **meta)
+    return out
+
+
+def _tiles(group: int, dim_tile: int, wide: bool, itemsize: int, quantised: bool) -> tuple[int, int, dict[str, int]]:
     """Rows of queries, keys a tile, and launch settings. `wide`: some request brings more tokens than one narrow tile holds.
 
     Two stages of K and V tiles must fit shared memory: 2 x 2 x 64 x 128 x 2 bytes is 64 KB, all that AMD's LDS has, so heads of
-    more than 64 values get tiles of 32 keys there and everywhere: one table until there is a measurement to justify two.
+    more than 64 values get tiles of 32 keys there and everywhere: one table until there is a measurement to justify two. Codes take
+    registers to become numbers: two stages of them spill on sm_90 at decode.
     """
     narrow = max(16, power_of_2(group))
     rows = max(64, narrow) if wide else narrow
     keys = max(16, 64 * 64 * 2 // (max(dim_tile, 64) * itemsize))
-    return rows, keys, {"num_warps": 4 if rows * dim_tile <= 64 * 128 else 8, "num_stages": 2}
+    keys = min(keys, 32) if quantised else keys
+    return rows, keys, {"num_warps": 4 if rows * dim_tile <= 64 * 128 else 8, "num_stages": 1 if quantised and not wide else 2}
 
 
 def _splits(tiles: int, longest: int, processors: int) -> int:
@@ -247,9 +325,10 @@ def attention(
     softcap: float | None = None,
     *,
     processors: int,
+    ptx: bool = False,
     splits: int | None = None,
 ) -> torch.Tensor:
-    """`Ops.attention`; `processors` of the device decide how often the context is split, unless `splits` says."""
+    """`Ops.attention`; `processors` of the device decide how often the context is split, unless `splits` says. ptx: of NVIDIA."""
     tokens, heads, dim = q.shape
     requests, kv_heads = batch.num_requests, cache.k.shape[1]
     if heads % kv_heads:
@@ -263,10 +342,14 @@ def attention(
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     if not tokens:
         return out
-    group, dim_tile = heads // kv_heads, max(16, power_of_2(dim))
+    kind, width = kind_of(cache.format), cache.format.width(dim)
+    unit = value_unit(kind, q.dtype)
+    if cache.format.rotated:
+        q, q_stride = _rotated(q, q_stride), heads * dim
+    group, dim_tile = heads // kv_heads, max(16, power_of_2(width))
     narrow = max(16, power_of_2(group)) // group
     wide = max(batch.query_lens_host) > narrow
-    rows, keys, launch = _tiles(group, dim_tile, wide, q.element_size())
+    rows, keys, launch = _tiles(group, dim_tile, wide, q.element_size(), cache.format.scaled)
     tiles = tokens // (rows // group) + requests
     if splits is None:
         splits = 1 if wide else _splits(requests * kv_heads, max(batch.seq_lens_host), processors)
@@ -275,12 +358,13 @@ def attention(
         partial = torch.empty((tokens, heads, splits, dim), dtype=torch.float32, device=q.device)
         lse = torch.empty((tokens, heads, splits), dtype=torch.float32, device=q.device)
     attention_kernel[(tiles, kv_heads, splits)](
-        q, cache.k, cache.v, out, partial, lse, batch.query_start, batch.seq_lens, batch.block_tables,
+        q, *stored(cache), cache.k_scale, cache.v_scale, out, partial, lse, batch.query_start, batch.seq_lens, batch.block_tables,
         requests, q_stride, batch.block_tables.stride(0), kv_heads, window or 0, scale * _LOG2E, softcap or 0.0,
-        GROUP=group, BLOCK_SIZE=cache.block_size, DIM=dim, DIM_TILE=dim_tile, BLOCK_M=rows, TILE=keys, SPLITS=splits,
+        GROUP=group, KIND=kind, PTX=ptx, V_UNIT=unit, V_FACTOR=1 / unit,
+        BLOCK_SIZE=cache.block_size, DIM=width, DIM_TILE=dim_tile, BLOCK_M=rows, TILE=keys, SPLITS=splits,
         WINDOW=window is not None, SOFTCAP=softcap is not None, **launch,
     )  # fmt: skip
     if splits > 1:
-        merge = {"DIM": dim, "DIM_TILE": dim_tile, "SPLITS": splits, "SPLITS_TILE": power_of_2(splits), "num_warps": 4}
+        merge = {"DIM": dim, "DIM_TILE": max(16, power_of_2(dim)), "SPLITS": splits, "SPLITS_TILE": power_of_2(splits), "num_warps": 4}
         merge_kernel[(tokens * heads,)](partial, lse, out, **merge)
-    return out
+    return _rotated(out, heads * dim) if cache.format.rotated else out
