@@ -83,7 +83,7 @@ class Sampler:
         for processor in self.processors:
             processor(logits, rows)
         if self._draw is not None and all(row.params.typical_p >= 1 for row in rows):
-            tokens = self._draw(logits, torch.tensor(_wishes(rows), dtype=torch.float64)).tolist()
+            tokens = self._draw(logits, torch.tensor(_wishes(rows, self.vocab_size), dtype=torch.float64)).tolist()
         else:
             maxima = block_maxima(logits)
             best = maxima.amax(-1)
@@ -203,10 +203,10 @@ def _first_bound(maxima: Tensor, best: Tensor, rows: Sequence[SamplingRow], filt
     return bound.masked_fill(~best.isfinite(), math.inf)
 
 
-def _wishes(rows: Sequence[SamplingRow]) -> list[tuple[float, ...]]:
+def _wishes(rows: Sequence[SamplingRow], vocab_size: int) -> list[tuple[float, ...]]:
     """A row each of what the op table's `sample` wants to know."""
-    drawn = zip(rows, _uniforms(rows), strict=True)
-    return [(u, 0 if p.greedy else p.temperature, max(p.top_k, 0), p.top_p, p.min_p) for row, u in drawn for p in (row.params,)]
+    drawn = zip((row.params for row in rows), _uniforms(rows), strict=True)
+    return [(u, 0 if p.greedy else p.temperature, _top_k(p, vocab_size), p.top_p, p.min_p) for p, u in drawn]
 
 
 def _top_k(params: SamplingParams, vocab_size: int) -> int:

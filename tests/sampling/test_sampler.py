@@ -226,11 +226,21 @@ def test_extreme_temperatures() -> None:
     assert chi_square_ok(draws(logits[0], 4000, temperature=100.0), (logits[0].double() / 100).softmax(-1))
 
 
-def test_top_k_past_the_vocabulary_is_no_filter() -> None:
+@pytest.mark.parametrize("top_k", [10, 1000, 10**400])  # the last is more than a float holds
+def test_top_k_past_the_vocabulary_is_no_filter(top_k: int) -> None:
     logits = torch.randn(30, 10, generator=torch.Generator().manual_seed(0))
     rows = [make_row(i) for i in range(30)]
-    wide = [make_row(i, top_k=1000) for i in range(30)]
+    wide = [make_row(i, top_k=top_k) for i in range(30)]
     assert sample_once(logits, rows) == sample_once(logits, wide)
+    wishes: list[torch.Tensor] = []
+
+    def draw(logits: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+        wishes.append(asked)
+        return logits.argmax(-1)
+
+    sample_once(logits, rows, draw=draw)
+    sample_once(logits, wide, draw=draw)
+    assert wishes[0].equal(wishes[1])
 
 
 def test_seeds_and_positions_decide_the_draw() -> None:
