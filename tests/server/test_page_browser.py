@@ -43,7 +43,10 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Open]:
-    """A page of a fresh browser profile at a server; what must not happen on it is looked for at the end."""
+    """A page of a fresh browser profile at a server; what must not happen on it is looked for at the end.
+
+    A test with a server of its own closes the page's context before the server: the page would go on asking it.
+    """
     contexts, wrong = [], []
     expected: list[str] = []  # words of console lines that a test provokes
 
@@ -204,6 +207,7 @@ def test_stopping_frees_the_engine_and_keeps_what_was_said(own_llm: AsyncLLM, se
         until_done(page)
         expect(page.locator(".message")).to_have_count(4)
         expect(page.locator(".message.assistant .stats").last).to_contain_text("5 tokens")
+        page.context.close()
 
 
 def test_regenerating_and_editing(client: httpx.Client, llm: AsyncLLM, open_page: Open) -> None:
@@ -247,6 +251,7 @@ def test_generating_again_while_a_reply_comes_in(own_llm: AsyncLLM, serve: Any, 
         expect(page.locator(".message")).to_have_count(2)
         expect(page.locator(".message.assistant .stats")).to_contain_text("20 tokens")
         wait_until_free(own_llm)
+        page.context.close()
 
 
 MARKDOWN = """# Title
@@ -342,6 +347,7 @@ def test_hostile_names_and_errors(llm: AsyncLLM, serve: Any, open_page: Open) ->
         say(page, "x")
         expect(page.locator(".message .error")).to_have_text(HOSTILE[0])
         assert_inert(page)
+        page.context.close()
 
 
 def test_markup_can_not_be_made_from_strings_at_all(client: httpx.Client, open_page: Open) -> None:
@@ -467,6 +473,7 @@ def test_the_key_is_asked_for_and_goes_nowhere_else(llm: AsyncLLM, serve: Any, o
         assert js(page, "JSON.stringify(localStorage).includes('sesame')") is False, "it was not to be remembered"
         page.reload()
         page.wait_for_selector("#conversations li", state="attached")
+        page.context.close()
 
 
 def test_a_server_that_loads_is_waited_for(tiny_llama: Path, serve: Any, open_page: Open) -> None:
@@ -478,6 +485,7 @@ def test_a_server_that_loads_is_waited_for(tiny_llama: Path, serve: Any, open_pa
         slot.fill(llm)
         page.wait_for_selector("#conversations li", state="attached")
         expect(page.locator("#notice")).to_be_hidden()
+        page.context.close()
         llm.shutdown()
 
 
@@ -570,6 +578,7 @@ def test_the_live_view_shows_the_engines_own_numbers(tiny_llama: Path, serve: An
         page.click("#pause")
         wait_until_free(llm)
         shown()
+        page.context.close()
     llm.shutdown()
 
 
@@ -592,6 +601,7 @@ def test_the_experiments_run_and_stop(own_llm: AsyncLLM, serve: Any, open_page: 
         page.click("text=Learn more >> nth=0")
         expect(page.locator("#learn-continuous-batching")).to_be_visible()
         page.click("#close-learn")
+        page.context.close()
 
 
 def test_a_page_that_is_not_looked_at_asks_for_nothing(client: httpx.Client, open_page: Open) -> None:
