@@ -21,7 +21,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,7 +29,7 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from minfer.errors import ConfigError
@@ -56,6 +56,7 @@ class Launch:
     constants: dict[str, Any]
     divisible: list[str]
     options: dict[str, int]
+    grid: tuple[int, ...] = field(repr=False, default=())  # what is compiled doesn't depend on it
 
 
 @contextmanager
@@ -64,13 +65,13 @@ def launches_caught() -> Iterator[list[Launch]]:
     caught: list[Launch] = []
 
     def run(function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        caught.append(_specialize(function, args, kwargs))
+        caught.append(_specialize(function, args, kwargs, grid))
 
     with mock.patch.object(JITFunction, "run", run):
         yield caught
 
 
-def _specialize(function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+def _specialize(function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any], grid: tuple[int, ...]) -> Launch:
     values = dict(zip(function.arg_names, args, strict=False))
     values |= {name: value for name, value in kwargs.items() if name in function.arg_names}
     signature, constants, divisible = {}, {}, []
@@ -87,7 +88,8 @@ def _specialize(function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, 
                 divisible.append(name)
         else:
             signature[name] = "fp32"
-    return Launch(function, signature, constants, divisible, {name: v for name, v in kwargs.items() if name not in function.arg_names})
+    options = {name: value for name, value in kwargs.items() if name not in function.arg_names}
+    return Launch(function, signature, constants, divisible, options, grid)
 
 
 _TYPES = {
@@ -102,13 +104,16 @@ _TYPES = {
 }
 
 
-def compile_launch(launch: Launch, target: str) -> Report:
-    """The report of one kernel for one target, as it stands in budgets.json."""
+def compile_launch(launch: Launch, target: str) -> CompiledKernel:
     position = {name: (n,) for n, name in enumerate(launch.function.arg_names)}
     attrs = {position[name]: [["tt.divisibility", 16]] for name in launch.divisible}
     constants = {position[name]: value for name, value in launch.constants.items()}
     source = ASTSource(launch.function, launch.signature, constants, attrs)
-    compiled = triton.compile(source, target=TARGETS[target], options=launch.options)
+    return triton.compile(source, target=TARGETS[target], options=launch.options)
+
+
+def report_of(compiled: CompiledKernel, target: str) -> Report:
+    """Of one kernel for one target, as it stands in budgets.json."""
     code = machine_code.of_cubin(compiled.asm["cubin"]) if target.startswith("cuda") else machine_code.of_amdgcn(compiled.asm["amdgcn"])
     return {"shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps, **code}
 
@@ -132,7 +137,7 @@ def compile_target(target: str, only: str) -> dict[str, Report]:
             seen.add(repr(launch))
             label = name if len(caught) == 1 else f"{name}, {launch.function.fn.__name__.removesuffix('_kernel')}"
             print(label, file=sys.stderr, flush=True)
-            reports[label] = compile_launch(launch, target)
+            reports[label] = report_of(compile_launch(launch, target), target)
     return reports
 
 
