@@ -17,7 +17,7 @@ import torch
 from compare.errors import CompareError
 from minfer import LLM, SamplingParams
 from minfer.scheduler import Request, ScheduledRequest
-from minfer.speculative import Proposer
+from minfer.speculative import DraftTree, Proposer
 
 RATES = (0.0, 0.5, 0.7, 0.8, 0.9, 1.0)
 PROMPT = list(range(100, 164))
@@ -39,11 +39,12 @@ class Forced:
     def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[Sequence[torch.Tensor]]) -> None:
         self.inner.follow(scheduled, states)
 
-    def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> list[list[int]]:
+    def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int]]:
         if self.rate is None:
             return [[] for _ in requests]
-        drafts = self.inner.propose(requests, counts)
-        return [self._replaced(request, len(own)) for request, own in zip(requests, drafts, strict=True)]
+        drafts = self.inner.propose(requests, counts, 0.0)
+        made = [len(own.tokens if isinstance(own, DraftTree) else own) for own in drafts]
+        return [self._replaced(request, count) for request, count in zip(requests, made, strict=True)]
 
     def _replaced(self, request: Request, count: int) -> list[int]:
         at = len(request.output_token_ids)

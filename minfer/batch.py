@@ -13,12 +13,23 @@ Example with block_size 4, request A computing tokens 4..6 of its prompt and req
     block_tables   2 5 .  1 8 9     the blocks of each request, in order                               [R, B]
     logits_at     2 3               the tokens whose next-token logits are wanted                      [S]
 
+Drafts that branch are rows of one token, beside the row of the trunk that they leave. Such a token's position is a draft's that has a slot
+already, so it is written behind the trunk, and `tails` says where the keys of its own way lie. Request B drafts x y after its
+token b9, and z in the place of y:
+
+    token_ids    b9 x  y  z         positions  9 10 11 11         slots  37 38 39 32        query_start  0     3  4
+    seq_lens     12 12              tails      -, 11 32           keys of z: positions 0..10 by the block table, 11 in slot 32
+
+To every kernel a branch is a sequence like any other, whose last keys lie elsewhere: no mask, and the order of additions is by position
+in both, so a token's result is the same bits whether it was drafted in a chain, in a tree, or not at all.
+
 It is an argument of every call that needs it: nothing about a step is global.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -36,6 +47,10 @@ class Batch:
     logits_at: torch.Tensor  # [S] int64
     query_lens_host: list[int]  # R entries
     seq_lens_host: list[int]  # R entries
+    tails: torch.Tensor | None = None  # [R, 1 + D] int64: a position, and the slots of the keys from there on; None without branches
+
+    # `tails[r, 0]` of a row all of whose keys lie where the block table says.
+    NO_TAIL: ClassVar[int] = 2**62
 
     @property
     def num_tokens(self) -> int:

@@ -85,6 +85,9 @@ class EngineConfig:
         None, "Layers after which an EAGLE-3 head reads the model's states, as 2,15,27 (default: what the head's config says)."
     )
     num_draft_tokens: int = option(8, "Most tokens guessed ahead for one sequence.")
+    draft_top_k: int = option(
+        1, "Tokens tried at each place of a draft, where an EAGLE, EAGLE-3 or Medusa head drafts: above 1, drafts branch into trees."
+    )
     ngram_min_match: int = option(3, "Tokens that must agree before ngram copies what followed them.")
     adaptive_drafts: bool = option(True, "Draft only as many tokens as pay at the measured acceptance and step times; off: always all.")
     seed: int | None = option(None, "Seed for requests that bring none (default: fresh entropy for each).")
@@ -103,7 +106,7 @@ class EngineConfig:
         ):
             if getattr(self, name) not in get_args(kind):
                 self._fail(name, f"must be one of {', '.join(get_args(kind))}")
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "num_draft_tokens", "ngram_min_match"):
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "num_draft_tokens", "draft_top_k", "ngram_min_match"):
             self._at_least_one(name)
         for name in ("threads", "max_model_len", "kv_cache_memory", "max_prefill_chunk"):
             if getattr(self, name) is not None:
@@ -112,6 +115,8 @@ class EngineConfig:
             self._fail("block_size", "must be a power of two up to 1024")
         if (self.speculative == "draft") != (self.draft_model is not None):
             self._fail("draft_model", "names the model that --speculative draft asks, so each needs the other: it can't be")
+        if self.draft_top_k > 1 and self.draft_model is None:
+            self._fail("draft_top_k", "above 1 needs a draft_model that is an EAGLE, EAGLE-3 or Medusa head; it can't be")
         if self.draft_states is not None and (
             self.draft_model is None or not all(n.strip().isdigit() for n in self.draft_states.split(","))
         ):

@@ -159,6 +159,15 @@ class KVCache:
         view.layers = [self.layers[number] for number in keep]
         return view
 
+    def move_slots(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copies what single slots hold (source, destination); all are read before any is written."""
+        sources, destinations = (torch.tensor(side) for side in zip(*moves, strict=True))
+        size = self.block_size
+        for layer in self.layers:
+            for tensor in layer.tensors:
+                raw = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor  # torch doesn't index 8-bit floats
+                raw[destinations // size, :, destinations % size] = raw[sources // size, :, sources % size]
+
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies whole blocks (source, destination): the write half of copy-on-write."""
         if not copies:

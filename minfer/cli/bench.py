@@ -125,11 +125,14 @@ def _speculation(runs: Sequence[Run]) -> dict[str, Any] | None:
     all_stats = [run.speculation for run in runs if run.speculation is not None]
     if not all_stats:
         return None
+    gained = sum(stats.seconds_gained for stats in all_stats)
     return {
         "drafts": sum(stats.num_drafts for stats in all_stats),
         "draft_tokens": sum(stats.num_draft_tokens for stats in all_stats),
         "accepted_tokens": sum(stats.num_accepted_tokens for stats in all_stats),
         "accepted_at": [sum(counts) for counts in zip(*(stats.accepted_at for stats in all_stats), strict=True)],
+        "mean_accepted_length": 1 + sum(stats.num_accepted_tokens for stats in all_stats) / max(1, sum(s.num_drafts for s in all_stats)),
+        "estimated_speedup": 1 + gained / sum(run.decode_s for run in runs) if gained else None,
     }
 
 
@@ -171,6 +174,11 @@ def _speculation_row(counts: dict[str, Any] | None) -> list[tuple[str, str]]:
     if counts is None:
         return []
     share = f" ({counts['accepted_tokens'] / counts['draft_tokens']:.0%})" if counts["draft_tokens"] else ""
-    return [
-        ("guessed ahead", f"{counts['draft_tokens']} tokens, {counts['accepted_tokens']} right{share}; random prompts are hard to guess")
+    by_place = ", ".join(f"{right / max(1, counts['drafts']):.0%}" for right in counts["accepted_at"] if right)
+    rows = [
+        ("guessed ahead", f"{counts['draft_tokens']} tokens, {counts['accepted_tokens']} right{share}; random prompts are hard to guess"),
+        ("tokens a draft step", f"{counts['mean_accepted_length']:.2f}" + (f"; right at depth 1, 2, ...: {by_place}" if by_place else "")),
     ]
+    if counts["estimated_speedup"] is not None:
+        rows.append(("gained by it", f"{counts['estimated_speedup']:.2f}x, estimated from the measured cost of steps and drafts"))
+    return rows

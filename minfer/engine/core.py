@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from minfer.errors import ConfigError
 from minfer.kvcache import KVCache
 from minfer.models import Model
 from minfer.runner import BatchBuilder, DraftHead, LoadedModel, ModelRunner, RowSpan
@@ -20,7 +21,7 @@ from minfer.runner.decode_graphs import DecodeGraphs
 from minfer.runner.graphs import Graph, can_capture, can_capture_on_gpu, capture
 from minfer.sampling import LogitsProcessor, RowLogprobs, Sampler, SamplerOutput, SamplingRow, prompt_logprobs
 from minfer.scheduler import Request, ScheduledRequest, Scheduler, SchedulerOutput, create_policy
-from minfer.speculative import DraftModelProposer, DraftRow, NgramProposer, Proposer, Speculation, accepted, head_proposer
+from minfer.speculative import DraftModelProposer, DraftRow, NgramProposer, Proposer, Speculation, accepted, head_proposer, trunk, way
 
 # Rows of logits scored at a time for prompt log-probabilities: 256 x 128k vocabulary in float32 is 128 MiB.
 SCORING_ROWS = 256
@@ -100,14 +101,15 @@ class EngineCore:
         plan = self.scheduler.schedule()
         if not plan.scheduled:
             return CoreStep(plan)
-        spans = [_span(item) for item in plan.scheduled]
+        spans = [_spans(item) for item in plan.scheduled]
         t1 = time.perf_counter()
         built = self.runner.build_seconds
         if self.speculation is not None:
             self.speculation.proposer.copy_blocks(plan.copies)
-        hidden = self.runner.run(spans, plan.copies)  # [S, H], the rows that spans ask for
-        scores, pooled = self._score_prompts(plan, spans, hidden), _pool(plan, spans, hidden)
-        rows, at = _sampling_rows(plan, spans)
+        hidden = self.runner.run([row for rows in spans for row in rows], plan.copies)  # [S, H], the rows that spans ask for
+        wanted = [sum(row.logits for row in rows) for rows in spans]
+        scores, pooled = self._score_prompts(plan, wanted, hidden), _pool(plan, wanted, hidden)
+        rows, at = _sampling_rows(plan, wanted)
         logits = self.runner.logits(hidden if len(at) == len(hidden) else hidden[at])
         t2 = time.perf_counter()
         sampled = self.sampler.sample(logits, rows)
@@ -149,29 +151,40 @@ class EngineCore:
                 continue
             request, start = item.request, row
             row += 1 + len(item.drafts)
-            kept = start + 1 + accepted(item.drafts, sampled.token_ids[start:row])
+            item.kept = accepted(item.drafts, item.parents, sampled.token_ids[start:row])
+            at = [start, *(start + number for number in item.kept)]
             if request.finished:
                 continue
-            if any(start <= bad < kept for bad in sampled.failed):
+            if any(bad in at for bad in sampled.failed):
                 failed.append(request)
                 continue
-            outputs[request] = CoreOutput(request, sampled.token_ids[start:kept], sampled.logprobs[start:kept])
+            outputs[request] = CoreOutput(request, [sampled.token_ids[i] for i in at], [sampled.logprobs[i] for i in at])
             if item.drafts and self.speculation is not None:
-                self.speculation.verified(request, len(item.drafts), kept - start - 1)
+                self.speculation.verified(item)
+            self._join_branch(item)
         return outputs, failed
 
-    def _score_prompts(self, plan: SchedulerOutput, spans: list[RowSpan], hidden: torch.Tensor) -> dict[Request, Scores]:
+    def _join_branch(self, item: ScheduledRequest) -> None:
+        """Brings the KV of right drafts that branched off to where their positions are."""
+        size, blocks = self.scheduler.block_size, item.request.blocks
+        newest = item.start + item.num_new_tokens - len(item.drafts) - 1
+        moved = [(newest + number, newest + depth) for depth, number in enumerate(item.kept, 1) if number != depth]
+        if moved:
+            slots = [(blocks[old // size] * size + old % size, blocks[new // size] * size + new % size) for old, new in moved]
+            self.runner.cache.move_slots(slots)
+
+    def _score_prompts(self, plan: SchedulerOutput, wanted: list[int], hidden: torch.Tensor) -> dict[Request, Scores]:
         """Log-probabilities of the prompt tokens that this step's tokens predict, for the requests that want them."""
         scores: dict[Request, Scores] = {}
         row = 0
-        for item, span in zip(plan.scheduled, spans, strict=True):
+        for item, logits in zip(plan.scheduled, wanted, strict=True):
             request = item.request
             if _wants_scores(item):
                 # Token i predicts token i + 1, so the prompt's last token scores nothing.
                 targets = request.prompt_token_ids[item.start + 1 : item.start + item.num_new_tokens + 1]
                 k = request.params.prompt_logprobs or 0
                 scores[request] = (item.start + 1, self._score(hidden[row : row + len(targets)], targets, k))
-            row += span.logits
+            row += logits
         return scores
 
     def _score(self, hidden: torch.Tensor, targets: list[int], k: int) -> list[RowLogprobs]:
@@ -184,7 +197,10 @@ class EngineCore:
 
 def _builder(loaded: LoadedModel) -> BatchBuilder:
     config = loaded.config
-    return BatchBuilder(config.max_num_batched_tokens, config.max_num_seqs, loaded.max_model_len, config.block_size, loaded.device)
+    rows, depth = config.max_num_seqs, 0
+    if config.draft_top_k > 1:  # a draft that branches off is a row of its own
+        rows, depth = min(config.max_num_batched_tokens, rows * (1 + config.num_draft_tokens)), config.num_draft_tokens
+    return BatchBuilder(config.max_num_batched_tokens, rows, loaded.max_model_len, config.block_size, loaded.device, depth)
 
 
 def _graph(loaded: LoadedModel, model: Model, cache: KVCache, after: Sequence[int] = ()) -> Graph | None:
@@ -212,11 +228,23 @@ def _proposer(loaded: LoadedModel, scheduler: Scheduler, processors: Sequence[Lo
         runner = ModelRunner(model, cache, _builder(loaded), _graph(loaded, model, cache))
         return DraftModelProposer(runner, sampler, scheduler.reserve, config.max_num_batched_tokens, shares_cache=True)
     assert draft is not None, "load_model reads what --speculative draft asks"
+    if config.draft_top_k > 1:
+        _check_branching(loaded, draft)
     if isinstance(draft, DraftHead):
-        return head_proposer(draft, loaded.model, _builder(loaded), sampler, scheduler.reserve, config.max_num_batched_tokens)
+        limits = (config.max_num_batched_tokens, config.draft_top_k)
+        return head_proposer(draft, loaded.model, _builder(loaded), sampler, scheduler.reserve, *limits)
     graph = _graph(loaded, draft.model, draft.cache)
     runner = ModelRunner(draft.model, draft.cache, _builder(loaded), graph)
     return DraftModelProposer(runner, sampler, scheduler.reserve, config.max_num_batched_tokens)
+
+
+def _check_branching(loaded: LoadedModel, draft: object) -> None:
+    if not isinstance(draft, DraftHead) or draft.config.kind == "redrafter":
+        raise ConfigError("draft_top_k above 1 needs an EAGLE, EAGLE-3 or Medusa head as draft_model: others draft one token a place")
+    if draft.config.vocab_size < loaded.config.draft_top_k:
+        raise ConfigError(f"draft_top_k {loaded.config.draft_top_k} is more than the {draft.config.vocab_size} ids that the head knows")
+    if loaded.ops.chosen["attention"] == "triton":
+        raise ConfigError("draft_top_k above 1 needs an attention that knows drafts which branch, and the triton one doesn't yet")
 
 
 def _wants_scores(item: ScheduledRequest) -> bool:
@@ -224,34 +252,45 @@ def _wants_scores(item: ScheduledRequest) -> bool:
     return request.params.prompt_logprobs is not None and item.start < request.num_prompt_tokens - 1
 
 
-def _pool(plan: SchedulerOutput, spans: list[RowSpan], hidden: torch.Tensor) -> dict[Request, Pooled]:
+def _pool(plan: SchedulerOutput, wanted: list[int], hidden: torch.Tensor) -> dict[Request, Pooled]:
     """What this step adds to the embeddings under way. In float64, so that chunks add up to the same as one piece."""
     pooled: dict[Request, Pooled] = {}
     row = 0
-    for item, span in zip(plan.scheduled, spans, strict=True):
-        if item.request.pooling is not None and span.logits:
-            pooled[item.request] = item.start, hidden[row : row + span.logits].double().sum(0).cpu()
-        row += span.logits
+    for item, logits in zip(plan.scheduled, wanted, strict=True):
+        if item.request.pooling is not None and logits:
+            pooled[item.request] = item.start, hidden[row : row + logits].double().sum(0).cpu()
+        row += logits
     return pooled
 
 
-def _span(item: ScheduledRequest) -> RowSpan:
+def _spans(item: ScheduledRequest) -> list[RowSpan]:
+    """The rows of one request: its tokens and drafts, and a row for each draft that branches off, in the drafts' order."""
     if item.request.pooling is not None:
         logits = item.num_new_tokens if item.request.pooling == "mean" else int(item.reaches_end)
     else:
         logits = item.num_new_tokens if _wants_scores(item) else (1 + len(item.drafts) if item.samples else 0)
-    return RowSpan(item.request, item.start, item.num_new_tokens, logits, item.drafts)
+    straight = trunk(len(item.drafts), item.parents)
+    branched = len(item.drafts) - straight
+    count = item.num_new_tokens - branched
+    rows = [RowSpan(item.request, item.start, count, logits - branched, item.drafts[:straight])]
+    newest = item.start + count - straight - 1
+    for number in range(straight + 1, len(item.drafts) + 1):
+        on_way = way(number, item.parents)
+        tail = [newest + draft for depth, draft in enumerate(on_way, 1) if draft != depth]
+        rows.append(RowSpan(item.request, newest + len(on_way), 1, 1, item.drafts[number - 1 : number], tail))
+    return rows
 
 
-def _sampling_rows(plan: SchedulerOutput, spans: list[RowSpan]) -> tuple[list[SamplingRow], list[int]]:
+def _sampling_rows(plan: SchedulerOutput, wanted: list[int]) -> tuple[list[SamplingRow], list[int]]:
     """What to draw, and which of the step's hidden rows decides it: after a request's last token, and after each draft."""
     rows: list[SamplingRow] = []
     at: list[int] = []
     row = 0
-    for item, span in zip(plan.scheduled, spans, strict=True):
-        row += span.logits
+    for item, logits in zip(plan.scheduled, wanted, strict=True):
+        row += logits
         if item.samples:
             rows.append(item.request)
-            rows += (DraftRow(item.request, item.drafts[: count + 1]) for count in range(len(item.drafts)))
+            for number in range(1, len(item.drafts) + 1):
+                rows.append(DraftRow(item.request, [item.drafts[draft - 1] for draft in way(number, item.parents)]))
             at += range(row - 1 - len(item.drafts), row)
     return rows, at

@@ -29,17 +29,22 @@ class BatchRow(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RowSpan:
-    """Tokens `start : start + count` of a row followed by `drafts`; logits are wanted of the last `logits` of them."""
+    """Tokens `start : start + count` of a row followed by `drafts`; logits are wanted of the last `logits` of them.
+
+    With `tail` it is one draft that branches off, at position `start`: where the drafts on its way lie, from the branching to
+    itself, as numbers of the row's slots.
+    """
 
     row: BatchRow
     start: int
     count: int
     logits: int
     drafts: Sequence[int] = ()
+    tail: Sequence[int] = ()
 
 
 class _Buffers:
-    def __init__(self, max_tokens: int, max_requests: int, max_blocks: int, device: torch.device) -> None:
+    def __init__(self, max_tokens: int, max_requests: int, max_blocks: int, max_tail: int, device: torch.device) -> None:
         pin = device.type == "cuda"
 
         def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -52,14 +57,17 @@ class _Buffers:
         self.seq_lens = buffer(max_requests)
         self.block_tables = buffer(max_requests, max_blocks)
         self.logits_at = buffer(max_tokens, dtype=torch.int64)
+        self.tails = buffer(max_requests, 1 + max_tail, dtype=torch.int64)
 
 
 class BatchBuilder:
-    def __init__(self, max_tokens: int, max_requests: int, max_len: int, block_size: int, device: torch.device) -> None:
+    """`max_tail`: the most drafts on the way to one that branched off; each such draft is a row, and counts as a request here."""
+
+    def __init__(self, max_tokens: int, max_requests: int, max_len: int, block_size: int, device: torch.device, max_tail: int = 0) -> None:
         self.block_size = block_size
         self.device = device
         max_blocks = -(-max_len // block_size)
-        self._sets = [_Buffers(max_tokens, max_requests, max_blocks, device) for _ in range(2)]
+        self._sets = [_Buffers(max_tokens, max_requests, max_blocks, max_tail, device) for _ in range(2)]
         self._numpy = [{name: tensor.numpy() for name, tensor in vars(s).items()} for s in self._sets]
         self._turn = 0
 
@@ -77,7 +85,8 @@ class BatchBuilder:
             if count == 1:
                 into["token_ids"][tokens] = span.drafts[0] if span.drafts else span.row.token_ids[start]
                 into["positions"][tokens] = start
-                into["slots"][tokens] = table[start // size] * size + start % size
+                at = span.tail[-1] if span.tail else start
+                into["slots"][tokens] = table[at // size] * size + at % size
             else:
                 into["token_ids"][tokens:here] = [*span.row.token_ids[start:end], *span.drafts]
                 positions = np.arange(start, end)
@@ -90,7 +99,9 @@ class BatchBuilder:
             seq_lens.append(end)
             blocks = max(blocks, len(table))
             tokens, logits = here, logits + span.logits
-        requests = len(spans)
+        requests, branched = len(spans), any(span.tail for span in spans)
+        if branched:
+            self._fill_tails(spans, into["tails"])
         return Batch(
             token_ids=self._send(host.token_ids[:tokens]),
             positions=self._send(host.positions[:tokens]),
@@ -101,7 +112,15 @@ class BatchBuilder:
             logits_at=self._send(host.logits_at[:logits]),
             query_lens_host=query_lens,
             seq_lens_host=seq_lens,
+            tails=self._send(host.tails[:requests]) if branched else None,
         )
+
+    def _fill_tails(self, spans: Sequence[RowSpan], tails: np.ndarray) -> None:
+        size = self.block_size
+        for r, span in enumerate(spans):
+            tails[r, 0] = span.start + 1 - len(span.tail) if span.tail else Batch.NO_TAIL
+            for index, at in enumerate(span.tail, 1):
+                tails[r, index] = span.row.blocks[at // size] * size + at % size
 
     def _send(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)

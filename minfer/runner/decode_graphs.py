@@ -66,7 +66,8 @@ class DecodeGraphs:
     def replay(self, batch: Batch) -> list[torch.Tensor]:
         """What the step returns, [T, ...] each, in memory that the next replay overwrites. A step that no graph serves is run as it is."""
         requests = batch.num_requests
-        if batch.num_tokens != requests or requests > self.buckets[-1] or any(count != 1 for count in batch.query_lens_host):
+        one_each = batch.num_tokens == requests and all(count == 1 for count in batch.query_lens_host)
+        if not one_each or requests > self.buckets[-1] or batch.tails is not None:
             return list(self.step(batch))
         bucket = next(size for size in self.buckets if size >= requests)
         self._fill(batch, bucket)

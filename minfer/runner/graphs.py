@@ -68,4 +68,5 @@ def _largest_batch(tokens: int, requests: int) -> Batch:
         logits_at=integers(tokens, dtype=torch.int64),
         query_lens_host=[],
         seq_lens_host=[],
+        tails=integers(requests, 1, dtype=torch.int64),
     )

@@ -53,6 +53,7 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(init=False)
     draft_token_ids: list[int] = field(default_factory=list)  # guesses of the next tokens, for the next step only
+    draft_parents: list[int] = field(default_factory=list)  # where they branch, which of them each follows, from 1; 0: the newest token
     num_computed_tokens: int = 0
     blocks: list[int] = field(default_factory=list)  # the block table
     status: RequestStatus = RequestStatus.WAITING

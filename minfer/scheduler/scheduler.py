@@ -35,6 +35,8 @@ from minfer.scheduler.request import FinishReason, Request, RequestStatus
 class ScheduledRequest:
     """`num_new_tokens` of a request's tokens, from `start`, to go through the model in this step; `drafts` are the last of them.
 
+    `parents[i]` is the draft, from 1, that draft i + 1 follows, or 0 for the newest token, and comes before it; () where each follows the
+    one before. `kept` are those that turned out right, known once the step has run.
     What it says of itself holds until `update`, which moves the request on.
     """
 
@@ -42,6 +44,8 @@ class ScheduledRequest:
     start: int
     num_new_tokens: int
     drafts: Sequence[int] = ()
+    parents: Sequence[int] = ()
+    kept: Sequence[int] = ()
 
     @property
     def samples(self) -> bool:
@@ -207,7 +211,8 @@ class Scheduler:
             count += len(drafts)
             if not self._make_room(request, count, output):
                 break  # it was last in order, and preempted itself
-            output.scheduled.append(ScheduledRequest(request, request.num_computed_tokens, count, drafts))
+            parents = request.draft_parents[: len(drafts)]
+            output.scheduled.append(ScheduledRequest(request, request.num_computed_tokens, count, drafts, parents))
             budget -= count
             position += 1
         return budget
@@ -365,7 +370,7 @@ class Scheduler:
     def _preempt(self, victim: Request, output: SchedulerOutput) -> None:
         self.running.remove(victim)
         self._release(victim)
-        victim.draft_token_ids = []
+        victim.draft_token_ids, victim.draft_parents = [], []
         victim.num_preemptions += 1
         output.preempted.append(victim)
         self._enqueue(victim)

@@ -92,6 +92,9 @@ class EngineCollector(Collector):
         yield self._counter("spec_decode_num_accepted_tokens", "Guessed tokens that were right.", stats.num_accepted_tokens)
         at = {str(depth): count for depth, count in enumerate(stats.accepted_at)}
         yield self._counter_by("position", "spec_decode_num_accepted_tokens_per_pos", "Right guesses by their place in the draft.", at)
+        yield self._gauge("spec_decode_mean_accepted_length", "Tokens of a step that brought drafts.", stats.mean_accepted_length)
+        gained = "Seconds that right guesses saved, less what all guesses cost, at measured prices."
+        yield self._gauge("spec_decode_seconds_gained", gained, stats.seconds_gained)
 
     def _gauge(self, name: str, help_text: str, value: float) -> Metric:
         family = GaugeMetricFamily(self._name(name), help_text, labels=LABELS)

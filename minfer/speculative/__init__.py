@@ -12,11 +12,13 @@ from minfer.speculative.final_state import MedusaProposer, ReDrafterProposer
 from minfer.speculative.heads import head_proposer
 from minfer.speculative.ngram import NgramProposer
 from minfer.speculative.speculation import Proposer, Speculation, SpeculationStats
-from minfer.speculative.verify import DraftRow, accepted
+from minfer.speculative.tree import DraftTree
+from minfer.speculative.verify import DraftRow, accepted, trunk, way
 
 __all__ = [
     "DraftModelProposer",
     "DraftRow",
+    "DraftTree",
     "EagleProposer",
     "MedusaProposer",
     "NgramProposer",
@@ -26,4 +28,6 @@ __all__ = [
     "SpeculationStats",
     "accepted",
     "head_proposer",
+    "trunk",
+    "way",
 ]

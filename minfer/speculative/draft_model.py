@@ -56,7 +56,7 @@ class DraftModelProposer:
         self._catch_up([(request, request.num_computed_tokens) for request in prompts])
 
     @torch.inference_mode()
-    def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> list[list[int]]:
+    def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int]]:
         drafts: list[list[int]] = [[] for _ in requests]
         # The last draft is not computed here, so a request's KV needs room for its tokens and all drafts but one.
         room = [self._reserve(request, request.num_tokens + count - 1) for request, count in zip(requests, counts, strict=True)]

@@ -11,6 +11,9 @@ Pairs wait until they are needed, so that one pass brings them in and makes the 
 costs no more than a copy of its states. Only prompts are followed at once, because others may find their blocks in the prefix cache.
 The last slot of a cached block knows the token after the block of whoever wrote it last: one entry of many, and the target checks
 every draft.
+
+With `top_k` above 1 drafts branch: beside what it draws at a place, the head's next likeliest tokens there. It follows the drawn one
+only, so a branch is one token long; for longer ones the head would have to run over branches too.
 """
 
 from __future__ import annotations
@@ -26,12 +29,14 @@ from minfer.runner import BatchBuilder, RowSpan
 from minfer.sampling import Sampler, SamplingRow
 from minfer.scheduler import Request, ScheduledRequest
 from minfer.speculative.draft_model import Reserve
+from minfer.speculative.tree import DraftTree, Opinion, Sketch
 from minfer.speculative.verify import DraftRow
 
-LONGEST_WAIT = 64  # pairs that may wait for a request's next draft, while drafting doesn't pay
+LONGEST_WAIT = 256  # pairs that may wait for a request's next draft, while drafting doesn't pay: one pass over many costs a fraction each
 
 Embed = Callable[[torch.Tensor], torch.Tensor]  # ids[T] -> [T, H]
-Logits = Callable[[torch.Tensor], torch.Tensor]  # [S, H] -> [S, V] float32 over the target's ids
+Logits = Callable[[torch.Tensor], torch.Tensor]  # [S, H] -> [S, Vd] float32 over the head's ids
+Widen = Callable[[torch.Tensor], torch.Tensor]  # [S, Vd] -> [S, V] over the target's
 
 
 @dataclass(slots=True)
@@ -54,7 +59,10 @@ class _Blocks:
 
 
 class EagleProposer:
-    """`embed` and `logits` are the head's own, or the target's where it has none. `max_tokens`: the most pairs in one pass."""
+    """`embed` and `logits` are the head's own, or the target's where it has none. `max_tokens`: the most pairs in one pass.
+
+    `token_ids` are those that the logits speak of, None for all.
+    """
 
     def __init__(
         self,
@@ -63,15 +71,18 @@ class EagleProposer:
         builder: BatchBuilder,
         embed: Embed,
         logits: Logits,
+        widen: Widen,
+        token_ids: torch.Tensor | None,
         sampler: Sampler,
         reserve: Reserve,
         max_tokens: int,
+        top_k: int,
         after: Sequence[int],
     ) -> None:
         self.after = after
         self._head, self._cache, self._builder = head, cache, builder
-        self._embed, self._logits = embed, logits
-        self._sampler, self._reserve, self._max_tokens = sampler, reserve, max_tokens
+        self._embed, self._logits, self._widen, self._token_ids = embed, logits, widen, token_ids
+        self._sampler, self._reserve, self._max_tokens, self._top_k = sampler, reserve, max_tokens, top_k
         self._waiting: dict[Request, _Waiting] = {}
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -93,34 +104,47 @@ class EagleProposer:
         return item.start < item.request.num_prompt_tokens or len(self._waiting[item.request]) > LONGEST_WAIT
 
     @torch.inference_mode()
-    def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> list[list[int]]:
-        drafts: list[list[int]] = [[] for _ in requests]
+    def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int] | DraftTree]:
         # The first draft needs no slot, and the last one's is never written.
         room = [self._reserve(request, request.num_tokens + count - 2) for request, count in zip(requests, counts, strict=True)]
         limits = [min(count, held - request.num_tokens + 2) for request, count, held in zip(requests, counts, room, strict=True)]
-        going = [index for index, limit in enumerate(limits) if limit > 0]
+        sketches = [Sketch(limit, least) for limit in limits]
+        going = [index for index, sketch in enumerate(sketches) if sketch.wants_more]
         if sum(len(self._waiting[requests[index]]) for index in going) > self._max_tokens:
             self._bring_in([requests[index] for index in going])
-        if not going:
-            return drafts
-        spans = [_span(requests[index], self._waiting[requests[index]]) for index in going]
-        state = self._head.states(torch.cat([step for index in going for step in self._waiting[requests[index]].steps]))
-        for index in going:
-            self._waiting[requests[index]] = _Waiting(requests[index].num_computed_tokens, [])
+        spans, state = self._begin([requests[index] for index in going])
         while going:
             guesses, state = self._run(spans, state)
-            rows: list[SamplingRow] = [DraftRow(requests[index], drafts[index]) for index in going]
-            sampled = self._sampler.sample(self._logits(guesses), rows)
-            for row, (index, token) in enumerate(zip(going, sampled.token_ids, strict=True)):
-                if row in sampled.failed:  # a mask left nothing of what the head can say
-                    limits[index] = 0
-                else:
-                    drafts[index].append(token)
-            staying = [row for row, index in enumerate(going) if len(drafts[index]) < limits[index]]
+            self._guess(guesses, [requests[index] for index in going], [sketches[index] for index in going])
+            staying = [row for row, index in enumerate(going) if sketches[index].wants_more]
             state = state if len(staying) == len(going) else state[staying]
             going = [going[row] for row in staying]
-            spans = [_next_span(requests[index], drafts[index]) for index in going]
-        return drafts
+            spans = [_next_span(requests[index], sketches[index].drawn) for index in going]
+        if self._top_k > 1:
+            return [sketch.tree(limit, everywhere=False) for sketch, limit in zip(sketches, limits, strict=True)]
+        return [sketch.chain() for sketch in sketches]
+
+    def _begin(self, requests: Sequence[Request]) -> tuple[list[RowSpan], torch.Tensor]:
+        """The pass over all that waits, whose last rows make the first drafts."""
+        if not requests:
+            return [], torch.empty(0)
+        spans = [_span(request, self._waiting[request]) for request in requests]
+        state = self._head.states(torch.cat([step for request in requests for step in self._waiting[request].steps]))
+        for request in requests:
+            self._waiting[request] = _Waiting(request.num_computed_tokens, [])
+        return spans, state
+
+    def _guess(self, guesses: torch.Tensor, requests: Sequence[Request], sketches: Sequence[Sketch]) -> None:
+        """Draws each request's next draft from what the head says, [R, H]."""
+        logits = self._logits(guesses)
+        opinion = Opinion(logits, self._token_ids, self._top_k)
+        rows: list[SamplingRow] = [DraftRow(request, sketch.drawn) for request, sketch in zip(requests, sketches, strict=True)]
+        sampled = self._sampler.sample(self._widen(logits), rows)
+        for row, (token, sketch) in enumerate(zip(sampled.token_ids, sketches, strict=True)):
+            if row in sampled.failed:  # a mask left nothing of what the head can say
+                sketch.close()
+            else:
+                sketch.add(opinion.guesses(row, token, rows[row]))
 
     def _run(self, spans: Sequence[RowSpan], state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What to guess from, and the state that stands for it, at each span's last pair: [R, H] each."""

@@ -2,6 +2,9 @@
 
 So there is no KV and nothing to follow but one row a request. Tokens are drawn head by head (or turn by turn of the cell) with
 the request's own parameters and the random number of their position, as every other proposer does.
+
+Medusa's heads don't know each other's guesses, so with `top_k` above 1 every guess for a place may follow every one for the place
+before: of that tree the likeliest nodes are drafted. (ReDrafter's paper searches beams of its cell; here it drafts a chain.)
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from minfer.models.medusa import MedusaHeads
 from minfer.models.redrafter import ReDrafterHead
 from minfer.sampling import Sampler, SamplingRow
 from minfer.scheduler import Request, ScheduledRequest
+from minfer.speculative.tree import DraftTree, Opinion, Sketch
 from minfer.speculative.verify import DraftRow
 
 Widen = Callable[[torch.Tensor], torch.Tensor]  # logits over the head's ids -> over the target's
@@ -23,8 +27,9 @@ Widen = Callable[[torch.Tensor], torch.Tensor]  # logits over the head's ids -> 
 class _FinalStateProposer:
     after: Sequence[int] = (FINAL,)
 
-    def __init__(self, sampler: Sampler, widen: Widen, deepest: int | None) -> None:
-        self._sampler, self._widen, self._deepest = sampler, widen, deepest
+    def __init__(self, sampler: Sampler, widen: Widen, token_ids: torch.Tensor | None, deepest: int | None, top_k: int) -> None:
+        self._sampler, self._widen, self._token_ids = sampler, widen, token_ids
+        self._deepest, self._top_k = deepest, top_k
         self._states: dict[Request, torch.Tensor] = {}  # [H] each
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -37,29 +42,32 @@ class _FinalStateProposer:
         }
 
     @torch.inference_mode()
-    def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> list[list[int]]:
-        drafts: list[list[int]] = [[] for _ in requests]
-        limits = [count if self._deepest is None else min(count, self._deepest) for count in counts]
-        going = [index for index, limit in enumerate(limits) if limit > 0]
+    def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int] | DraftTree]:
+        deepest = max(counts, default=0) if self._deepest is None else self._deepest
+        sketches = [Sketch(min(count, deepest), least) for count in counts]
+        going = [index for index, sketch in enumerate(sketches) if sketch.wants_more]
         state = torch.stack([self._states[requests[index]] for index in going]) if going else torch.empty(0)
         memory = torch.zeros_like(state)
         depth = 0
         while going:
-            newest = [drafts[index][-1] if drafts[index] else requests[index].token_ids[-1] for index in going]
+            newest = [(sketches[index].drawn or requests[index].token_ids[-1:])[-1] for index in going]
             logits, memory = self._guess(depth, state, memory, newest)
-            rows: list[SamplingRow] = [DraftRow(requests[index], drafts[index]) for index in going]
+            opinion = Opinion(logits, self._token_ids, self._top_k)
+            rows: list[SamplingRow] = [DraftRow(requests[index], sketches[index].drawn) for index in going]
             sampled = self._sampler.sample(self._widen(logits), rows)
             for row, (index, token) in enumerate(zip(going, sampled.token_ids, strict=True)):
                 if row in sampled.failed:  # a mask left nothing of what the head can say
-                    limits[index] = 0
+                    sketches[index].close()
                 else:
-                    drafts[index].append(token)
+                    sketches[index].add(opinion.guesses(row, token, rows[row]))
             depth += 1
-            staying = [row for row, index in enumerate(going) if len(drafts[index]) < limits[index]]
+            staying = [row for row, index in enumerate(going) if sketches[index].wants_more]
             if len(staying) < len(going):
                 state, memory = state[staying], memory[staying]
                 going = [going[row] for row in staying]
-        return drafts
+        if self._top_k > 1:
+            return [sketch.tree(count, everywhere=True) for sketch, count in zip(sketches, counts, strict=True)]
+        return [sketch.chain() for sketch in sketches]
 
     def _guess(self, depth: int, state: torch.Tensor, memory: torch.Tensor, newest: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """state[R, H] of the target, memory[R, H] of this pass, the newest tokens -> logits[R, Vd] of the next ones, and the memory."""
@@ -67,8 +75,8 @@ class _FinalStateProposer:
 
 
 class MedusaProposer(_FinalStateProposer):
-    def __init__(self, heads: MedusaHeads, sampler: Sampler, widen: Widen) -> None:
-        super().__init__(sampler, widen, len(heads.lm_heads))
+    def __init__(self, heads: MedusaHeads, sampler: Sampler, widen: Widen, token_ids: torch.Tensor | None, top_k: int) -> None:
+        super().__init__(sampler, widen, token_ids, len(heads.lm_heads), top_k)
         self._heads = heads
 
     def _guess(self, depth: int, state: torch.Tensor, memory: torch.Tensor, newest: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,8 +86,15 @@ class MedusaProposer(_FinalStateProposer):
 class ReDrafterProposer(_FinalStateProposer):
     """`embed` is the target's."""
 
-    def __init__(self, head: ReDrafterHead, embed: Callable[[torch.Tensor], torch.Tensor], sampler: Sampler, widen: Widen) -> None:
-        super().__init__(sampler, widen, None)
+    def __init__(
+        self,
+        head: ReDrafterHead,
+        embed: Callable[[torch.Tensor], torch.Tensor],
+        sampler: Sampler,
+        widen: Widen,
+        token_ids: torch.Tensor | None,
+    ) -> None:
+        super().__init__(sampler, widen, token_ids, None, 1)
         self._head, self._embed = head, embed
 
     def _guess(self, depth: int, state: torch.Tensor, memory: torch.Tensor, newest: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

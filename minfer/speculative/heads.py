@@ -18,22 +18,22 @@ from minfer.speculative.final_state import MedusaProposer, ReDrafterProposer
 
 
 def head_proposer(
-    head: DraftHead, target: Model, builder: BatchBuilder, sampler: Sampler, reserve: Reserve, max_tokens: int
+    head: DraftHead, target: Model, builder: BatchBuilder, sampler: Sampler, reserve: Reserve, max_tokens: int, top_k: int
 ) -> EagleProposer | MedusaProposer | ReDrafterProposer:
-    """`max_tokens`: the most that `builder` takes in one batch."""
-    module, widen = head.module, widening(head.token_ids, sampler.vocab_size)
+    """`max_tokens`: the most that `builder` takes in one batch. `top_k`: how many tokens are tried at one place."""
+    module, ids, widen = head.module, head.token_ids, widening(head.token_ids, sampler.vocab_size)
     if isinstance(module, MedusaHeads):
-        return MedusaProposer(module, sampler, widen)
+        return MedusaProposer(module, sampler, widen, ids, top_k)
     if not isinstance(module, (EagleHead, Eagle3Head)):
-        return ReDrafterProposer(module, target.model.embed_tokens, sampler, widen)
+        return ReDrafterProposer(module, target.model.embed_tokens, sampler, widen, ids)
     assert head.cache is not None, "load_model gives an EAGLE head its cache"
     output = getattr(module, "lm_head", None)
 
     def logits(x: torch.Tensor) -> torch.Tensor:
-        return target.compute_logits(x) if output is None else widen(output(x))
+        return target.compute_logits(x) if output is None else output(x)
 
     embed = getattr(module, "embed_tokens", target.model.embed_tokens)
-    return EagleProposer(module, head.cache, builder, embed, logits, sampler, reserve, max_tokens, head.after)
+    return EagleProposer(module, head.cache, builder, embed, logits, widen, ids, sampler, reserve, max_tokens, top_k, head.after)
 
 
 def widening(token_ids: torch.Tensor | None, vocab_size: int) -> Callable[[torch.Tensor], torch.Tensor]:

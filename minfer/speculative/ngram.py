@@ -86,5 +86,5 @@ class NgramProposer:
         known = self._indices
         self._indices = {item.request: known.get(item.request) or NgramIndex(item.request.token_ids, self.min_match) for item in scheduled}
 
-    def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> list[list[int]]:
+    def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int]]:
         return [self._indices[request].continuation(count) for request, count in zip(requests, counts, strict=True)]

@@ -1,7 +1,7 @@
 """`Speculation`: what the engine's loop asks. Before a step's end: which drafts go into the next one. After it: how right they were.
 
 Who guesses is a `Proposer`; how many guesses pay is `policy.py`'s to say. A request is forgotten when it stops running: a
-preempted one is met as new when it comes back.
+preempted one is met as new when it comes back. What is thought of a new one is what the requests before it were like.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Protocol
 import torch
 
 from minfer.scheduler import Request, RequestStatus, ScheduledRequest
-from minfer.speculative.policy import Acceptance, CostModel, draft_length
+from minfer.speculative.policy import MARGIN, PLAIN_EVERY, REMEMBER_ALL, Acceptance, Account, CostModel, draft_lengths
+from minfer.speculative.tree import DraftTree
+from minfer.speculative.verify import way
 
 
 class Proposer(Protocol):
@@ -32,24 +34,32 @@ class Proposer(Protocol):
     def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[Sequence[torch.Tensor]]) -> None:
         """A step over these has run, and they have moved on; requests that aren't among them are over or preempted.
 
-        `states[i]` holds, for each of `after`, a row for each of the tokens that `scheduled[i]` computed, drafts included:
-        [num_new_tokens, H]. They are views that the next step overwrites.
+        `states[i]` holds, for each of `after`, a row for each of the tokens that `scheduled[i]` computed, [n, H]: those that stand,
+        and then rejected drafts, if any. They may be views that the next step overwrites.
         """
         ...
 
-    def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> list[list[int]]:
-        """Up to `counts[i]` tokens expected next in `requests[i]`, each of which was followed; fewer, or none, without an idea."""
+    def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> Sequence[list[int] | DraftTree]:
+        """Up to `counts[i]` tokens expected next in `requests[i]`, each of which was followed; fewer, or none, without an idea.
+
+        A draft whose chance is below `least` doesn't pay for its check; who can't tell chances need not care.
+        """
         ...
 
 
 @dataclass(slots=True)
 class SpeculationStats:
-    """Counters since the start. `accepted_at[i]` counts how often the draft at depth i was kept."""
+    """Counters since the start. `accepted_at[i]` counts how often the draft at depth i was kept.
+
+    `seconds_gained` is what right drafts saved, less what all drafts cost, at the measured prices; 0 where drafts aren't adaptive, since
+    nothing is known of steps without them then.
+    """
 
     num_drafts: int = 0  # steps of a request that brought drafts
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     accepted_at: list[int] = field(default_factory=list)
+    seconds_gained: float = 0.0
 
     @property
     def mean_accepted_length(self) -> float:
@@ -63,11 +73,13 @@ class SpeculationStats:
             self.num_draft_tokens - earlier.num_draft_tokens,
             self.num_accepted_tokens - earlier.num_accepted_tokens,
             [now - then for now, then in zip(self.accepted_at, earlier.accepted_at, strict=True)],
+            self.seconds_gained - earlier.seconds_gained,
         )
 
     def snapshot(self) -> dict[str, int]:
         """The counters as they are now, to subtract from later ones."""
-        return {"drafts": self.num_drafts, "draft_tokens": self.num_draft_tokens, "accepted_tokens": self.num_accepted_tokens}
+        counts = {"drafts": self.num_drafts, "draft_tokens": self.num_draft_tokens, "accepted_tokens": self.num_accepted_tokens}
+        return counts | {"drafts_gained_us": round(self.seconds_gained * 1e6)}
 
 
 class Speculation:
@@ -78,8 +90,12 @@ class Speculation:
         self.num_draft_tokens = num_draft_tokens
         self.adaptive = adaptive
         self.costs = CostModel()
+        self.account = Account()
         self.stats = SpeculationStats(accepted_at=[0] * num_draft_tokens)
+        self._usual = Acceptance(remember=REMEMBER_ALL)  # of all requests
         self._acceptance: dict[Request, Acceptance] = {}
+        self._worth = 0.0  # seconds that a right draft of the last step saved
+        self._plain_steps, self._since_plain = 0, 0
 
     def draft(self, scheduled: Sequence[ScheduledRequest], states: Sequence[torch.Tensor] = ()) -> None:
         """Gives each request of the step that has one token left to compute its drafts for the next step.
@@ -90,35 +106,69 @@ class Speculation:
         generating = (item.request.status is RequestStatus.RUNNING and item.request.pooling is None for item in scheduled)
         running = [index for index, going_on in enumerate(generating) if going_on]
         going_on = [scheduled[index] for index in running]
-        self.proposer.follow(going_on, [[state[index] for state in rows] for index in running])
+        started = time.perf_counter()
+        self.proposer.follow(going_on, [[_standing(state[index], scheduled[index]) for state in rows] for index in running])
         known = self._acceptance
-        self._acceptance = {item.request: known.get(item.request) or Acceptance() for item in going_on}
+        self._acceptance = {item.request: known.get(item.request) or self._usual.heir() for item in going_on}
         ready = [item.request for item in going_on if item.request.num_left == 1]
         counts = self._counts(ready)
         asked = [(request, count) for request, count in zip(ready, counts, strict=True) if count]
-        started = time.perf_counter()
-        for (request, _), drafts in zip(asked, self.proposer.propose([r for r, _ in asked], [c for _, c in asked]), strict=True):
-            request.draft_token_ids = drafts
-        drafted = sum(len(request.draft_token_ids) for request in ready)
-        if drafted:
-            self.costs.drafted(drafted, time.perf_counter() - started)
+        if asked:
+            self._propose(asked)
+        self._since_plain = self._since_plain + 1 if any(request.draft_token_ids for request in ready) else 0
+        # A prompt's share of the proposer's work belongs to the prompt, and is no loss to decoding.
+        if all(item.start >= item.request.num_prompt_tokens for item in scheduled):
+            self._pay(time.perf_counter() - started)
 
-    def verified(self, request: Request, drafted: int, accepted: int) -> None:
-        """The model has looked at `drafted` tokens and kept the first `accepted`."""
+    def _propose(self, asked: Sequence[tuple[Request, int]]) -> None:
+        started = time.perf_counter()
+        least = MARGIN * self.costs.check / self._worth if self.adaptive and self._worth else 0.0
+        proposed = self.proposer.propose([request for request, _ in asked], [count for _, count in asked], least)
+        for (request, _), drafts in zip(asked, proposed, strict=True):
+            if isinstance(drafts, DraftTree):
+                request.draft_token_ids, request.draft_parents = drafts.tokens, drafts.parents
+            else:
+                request.draft_token_ids, request.draft_parents = drafts, []
+        self.costs.made(sum(len(request.draft_token_ids) for request, _ in asked), time.perf_counter() - started)
+
+    def verified(self, item: ScheduledRequest) -> None:
+        """The model has looked at the drafts of `item` and kept some."""
+        drafted, accepted = len(item.drafts), len(item.kept)
         self.stats.num_drafts += 1
         self.stats.num_draft_tokens += drafted
         self.stats.num_accepted_tokens += accepted
         for index in range(accepted):
             self.stats.accepted_at[index] += 1
-        if request in self._acceptance:
-            self._acceptance[request].verified(drafted, accepted)
+        depth = max(len(way(number, item.parents)) for number in range(1, drafted + 1)) if item.parents else drafted
+        self._usual.verified(depth, accepted)
+        if item.request in self._acceptance:
+            self._acceptance[item.request].verified(depth, accepted)
+        self._pay(drafted * self.costs.check - accepted * self._worth)
+
+    def _pay(self, seconds: float) -> None:
+        if self.adaptive:
+            self.account.pay(seconds)
+            self.stats.seconds_gained -= seconds
 
     def _counts(self, ready: Sequence[Request]) -> list[int]:
         if not self.adaptive:
             return [self.num_draft_tokens] * len(ready)
-        share = self.costs.share(len(ready))
-        counts = [draft_length(self._acceptance[request].rate, share, self.num_draft_tokens) for request in ready]
-        for request, count in zip(ready, counts, strict=True):
-            if not count:
-                self._acceptance[request].idle()
-        return counts
+        if not ready:
+            return []
+        plain = self.costs.plain(len(ready))
+        self.account.step(plain)
+        self._worth = plain / len(ready)
+        # One plain step at first, then one after a few with drafts, then fewer: what drafts cost shows beside them only.
+        if self._since_plain >= min(PLAIN_EVERY, 4 * self._plain_steps):
+            self._plain_steps += 1
+            return [0] * len(ready)
+        rates = [self._acceptance[request].rate for request in ready]
+        return draft_lengths(rates, self.costs, self.num_draft_tokens, self.account.seconds or 0.0)
+
+
+def _standing(rows: torch.Tensor, item: ScheduledRequest) -> torch.Tensor:
+    """The rows of an item's tokens with those of its right drafts in order, also where they branched off."""
+    if all(number == depth for depth, number in enumerate(item.kept, 1)):
+        return rows
+    first = item.num_new_tokens - len(item.drafts)  # tokens that were no drafts
+    return rows[[*range(first), *(first - 1 + number for number in item.kept)]]

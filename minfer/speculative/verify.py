@@ -9,6 +9,9 @@ distribution (arXiv 2211.17192): the draft x is kept with probability p(x), and 
 restricted to the others. It needs nothing of its own, though: each position is drawn by the sampler from its own logits, with
 its own penalties, masks and log-probabilities, and with the random number that belongs to (seed, position). So the output is
 not only distributed as without speculation: with the same logits it is the same output, token for token.
+
+Drafts that branch are the same: all guesses for one position share its random number, so at most one of them is what the model
+draws behind the one before, and the walk from draft to draft is the walk of the output.
 """
 
 from __future__ import annotations
@@ -45,9 +48,31 @@ class DraftRow:
         return self._request.eos_token_ids
 
 
-def accepted(drafts: Sequence[int], drawn: Sequence[int]) -> int:
-    """How many of `drafts` stand, where `drawn` holds the model's token for each draft's position and one more."""
-    for index, draft in enumerate(drafts):
-        if draft != drawn[index]:
-            return index
-    return len(drafts)
+def accepted(drafts: Sequence[int], parents: Sequence[int], drawn: Sequence[int]) -> list[int]:
+    """Which of `drafts`, from 1, stand. `drawn[0]` is the model's token for the next position, `drawn[i]` the one behind draft i.
+
+    `parents[i]`: what draft i + 1 follows, a draft before it or 0 for nothing; () where each follows the one before.
+    """
+    kept: list[int] = []
+    at = 0
+    for number, draft in enumerate(drafts, 1):
+        if (parents[number - 1] if parents else number - 1) == at and draft == drawn[at]:
+            kept.append(number)
+            at = number
+    return kept
+
+
+def way(number: int, parents: Sequence[int]) -> list[int]:
+    """The drafts, from 1, from the first to this one, each followed by the next."""
+    if not parents:
+        return list(range(1, number + 1))
+    found = []
+    while number:
+        found.append(number)
+        number = parents[number - 1]
+    return found[::-1]
+
+
+def trunk(num_drafts: int, parents: Sequence[int]) -> int:
+    """How many of the first drafts follow each other: the rest branch off."""
+    return next((number for number, parent in enumerate(parents) if parent != number), num_drafts)

@@ -47,7 +47,7 @@ class Collector:
                 kept.clear()  # new, or preempted and begun again
             kept.append([state.to(torch.bfloat16, copy=True).cpu() for state in rows])
 
-    def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> list[list[int]]:
+    def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int]]:
         return [[] for _ in requests]
 
     def take(self, request: Request) -> list[torch.Tensor]:

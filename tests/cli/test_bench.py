@@ -112,4 +112,10 @@ def test_speculation_is_counted(minfer: Callable, tiny_llama: Path) -> None:
     assert counts["draft_tokens"] >= counts["drafts"] > 0
     assert counts["accepted_tokens"] == sum(counts["accepted_at"]) <= counts["draft_tokens"]
     assert len(counts["accepted_at"]) == 3
-    assert "\nguessed ahead " in minfer("bench", tiny_llama, *drafting).out
+    assert counts["mean_accepted_length"] == pytest.approx(1 + counts["accepted_tokens"] / counts["drafts"])
+    assert counts["estimated_speedup"] is None  # no step went without drafts, so nothing is known of those
+    out = minfer("bench", tiny_llama, *drafting).out
+    assert "\nguessed ahead " in out
+    assert "\ntokens a draft step " in out
+    adaptive = [flag for flag in drafting if flag != "--no-adaptive-drafts"]
+    assert minfer("bench", tiny_llama, "--json", *adaptive).json["speculation"]["estimated_speedup"] > 0

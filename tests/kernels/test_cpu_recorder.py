@@ -58,6 +58,7 @@ def largest(tokens: int, requests: int) -> Batch:
     batch = make_batch([(1, 1)] * requests, 16, requests)
     batch.token_ids, batch.positions = torch.zeros(tokens, dtype=torch.int32), torch.zeros(tokens, dtype=torch.int32)
     batch.slots = torch.zeros(tokens, dtype=torch.int64)
+    batch.tails = torch.zeros(requests, 1, dtype=torch.int64)
     return batch
 
 
@@ -77,6 +78,15 @@ def test_replay_equals_eager_for_any_batch(cpu: CpuBackend) -> None:
         for left, right in zip(eager.caches, recorded.caches, strict=True):
             assert torch.equal(left.k, right.k)
             assert torch.equal(left.v, right.v)
+
+
+def test_tails_are_of_the_batch_and_not_of_the_recording(cpu: CpuBackend) -> None:
+    eager, recorded = Step(cpu), Step(cpu)
+    graph = record(cpu, recorded)
+    batch = small_slots([(3, 20), (1, 17)], seed=0)
+    for tails in (None, torch.tensor([[Batch.NO_TAIL, 0, 0], [15, 1, 0]]), None):
+        batch.tails = tails
+        assert torch.equal(graph.replay(batch)[0], eager(batch))
 
 
 def test_recording_computes_nothing(cpu: CpuBackend) -> None:

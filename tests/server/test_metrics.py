@@ -129,6 +129,8 @@ def test_vllms_names_and_the_counters_of_speculation(serve: Any, tiny_llama: Pat
         at = [now["vllm:spec_decode_num_accepted_tokens_per_pos_total", frozenset({("position", str(n))})] for n in range(3)]
         assert at == stats.accepted_at
         assert sum(at) == stats.num_accepted_tokens
+        assert now["vllm:spec_decode_mean_accepted_length", frozenset()] == stats.mean_accepted_length
+        assert now["vllm:spec_decode_seconds_gained", frozenset()] == stats.seconds_gained
         assert now["vllm:generation_tokens_total", frozenset()] == 60
     llm.shutdown()
 

@@ -35,8 +35,8 @@ def watch(llm: LLM) -> list[tuple[list[int], int, list[int]]]:
     proposer = llm.engine.core.speculation.proposer  # type: ignore[union-attr]
     propose, seen = proposer.propose, []
 
-    def watched(requests: Sequence[Request], counts: Sequence[int]) -> list[list[int]]:
-        drafts = propose(requests, counts)
+    def watched(requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int]]:
+        drafts = propose(requests, counts, least)
         seen.extend((list(request.token_ids), count, said) for request, count, said in zip(requests, counts, drafts, strict=True))
         return drafts
 
@@ -84,8 +84,8 @@ def test_pairs_that_waited_and_prefixes_from_the_cache_guess_the_same(tiny_llama
     other = drafting(tiny_llama, head_folders[name], prefix_caching=True)
     proposer = other.engine.core.speculation.proposer  # type: ignore[union-attr]
     propose = proposer.propose
-    proposer.propose = lambda requests, counts: (  # type: ignore[method-assign, assignment]
-        propose(requests, counts) if requests and len(requests[0].output_token_ids) > 9 else [[] for _ in requests]
+    proposer.propose = lambda requests, counts, least: (  # type: ignore[method-assign, assignment]
+        propose(requests, counts, least) if requests and len(requests[0].output_token_ids) > 9 else [[] for _ in requests]
     )
     second = watch(other)
     for _ in range(2):

@@ -1,42 +1,60 @@
-"""The policy against arithmetic: a line is recovered, and drafts stop where they no longer pay."""
+"""The policy against arithmetic and against a clock: lines are recovered, drafts stop where they don't pay, and losses are bounded."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+from types import SimpleNamespace
+
 import pytest
+import torch
 
-from minfer.speculative.policy import PRIOR, Acceptance, CostModel, draft_length
+from minfer.sampling_params import SamplingParams
+from minfer.scheduler import Request, RequestStatus, ScheduledRequest
+from minfer.speculative import Speculation
+from minfer.speculative.policy import HELD, MARGIN, PRIOR, SHARE, Acceptance, Account, CostModel, Line, draft_length, draft_lengths
 
 
-def model_of(fixed: float, each: float, sizes: list[int]) -> CostModel:
+def model_of(fixed: float, each: float, sizes: list[int], making: tuple[float, float] = (0.0, 0.0)) -> CostModel:
     costs = CostModel()
     for size in sizes:
         costs.observe(size, fixed + each * size)
+    for count in (1, 4, 2, 3):
+        costs.made(count, making[0] + making[1] * count)
     return costs
 
 
 def test_nothing_is_known_before_two_sizes_were_seen() -> None:
-    assert CostModel().share(1) == 0
-    assert model_of(3e-3, 1e-4, [1] * 50).share(1) == 0
+    assert CostModel().each == CostModel().plain(1) == 0
+    assert model_of(3e-3, 1e-4, [1] * 50).check == 0
 
 
 @pytest.mark.parametrize("sequences", [1, 4, 32])
-def test_the_share_is_that_of_the_line(sequences: int) -> None:
-    fixed, each = 3e-3, 2e-4
-    share = model_of(fixed, each, [1, 9, 5, 1, 4]).share(sequences)
-    assert share == pytest.approx(each * sequences / (fixed + each * sequences), rel=1e-6)
+def test_the_costs_are_those_of_the_lines(sequences: int) -> None:
+    costs = model_of(3e-3, 2e-4, [1, 9, 5, 1, 4], making=(1e-3, 5e-4))
+    assert costs.plain(sequences) == pytest.approx(3e-3 + 2e-4 * sequences, rel=1e-6)
+    assert (costs.check, costs.each, costs.fixed) == pytest.approx((2e-4, 7e-4, 1e-3), rel=1e-6)
 
 
 def test_the_slope_survives_a_long_time_without_drafts() -> None:
     costs = model_of(3e-3, 2e-4, [1, 9, 9, *[1] * 2000])
-    assert costs.share(1) == pytest.approx(2e-4 / 3.2e-3, rel=1e-3)
+    assert costs.check == pytest.approx(2e-4, rel=1e-3)
 
 
-def test_noise_can_turn_the_line_down_but_not_the_share() -> None:
+def test_noise_can_turn_the_line_down_but_no_price_below_nothing() -> None:
     costs = CostModel()
     for size, seconds in ((1, 5e-3), (9, 1e-3), (1, 5e-3)):
         costs.observe(size, seconds)
-    assert costs.share(1) == 0
-    assert costs.share(1000) == 1
+    assert costs.check == 0
+    assert costs.plain(1000) == 0
+
+
+def test_a_step_that_the_machine_held_up_counts_as_a_slow_one() -> None:
+    line = Line()
+    for count in (1, 5, 1, 5):
+        line.observe(count, 1e-3 + 1e-4 * count)
+    line.observe(1, 60.0)
+    assert line.at(1) < 3e-3
 
 
 @pytest.mark.parametrize(
@@ -54,18 +72,28 @@ def test_a_draft_is_made_while_its_chance_is_above_its_cost(rate: float, share: 
     assert draft_length(rate, share, 8) == expected
 
 
-def test_acceptance_follows_what_happens_and_recovers_when_nothing_does() -> None:
+def test_what_it_costs_to_draft_at_all_must_be_saved_too() -> None:
+    """Plain steps of 10 ms, 1 ms for each draft: at 0.5 three are worth 8.75 ms for 3 ms, unless drafting at all costs 6."""
+    cheap, dear = (model_of(9e-3, 1e-3, [1, 5, 3], making=(fixed, 0.0)) for fixed in (0.0, 6e-3))
+    assert draft_lengths([0.5], cheap, 8, 0.0) == [draft_length(0.5, 0.1, 8)] == [3]
+    assert MARGIN * (3 + 6) > 8.75
+    assert draft_lengths([0.5], dear, 8, 0.0) == [0]
+    assert draft_lengths([0.5], dear, 8, 7.1e-3) == [1]  # there is time to find out
+    assert draft_lengths([0.5], cheap, 8, -1e-9) == [0]  # the account is overdrawn
+    assert draft_lengths([0.05, 0.09, 0.02], cheap, 8, 2.1e-3) == [1, 1, 0]  # the likeliest first
+    assert draft_lengths([], cheap, 8, 1.0) == []
+
+
+def test_acceptance_follows_what_happens_and_is_handed_on() -> None:
     acceptance = Acceptance()
+    assert acceptance.rate == PRIOR
     for _ in range(30):
         acceptance.verified(drafted=4, accepted=0)
-    low = acceptance.rate
-    assert low < 0.02
-    for _ in range(10):
-        acceptance.idle()
-    assert low < acceptance.rate < PRIOR
-    for _ in range(1000):
-        acceptance.idle()
-    assert acceptance.rate == pytest.approx(PRIOR, abs=1e-3)
+    assert acceptance.rate < 0.02
+    heir = acceptance.heir()
+    assert heir.rate == acceptance.rate
+    heir.verified(drafted=2, accepted=2)
+    assert heir.rate > 0.4  # it makes up its own mind soon
     for _ in range(30):
         acceptance.verified(drafted=4, accepted=4)
     assert acceptance.rate > 0.98
@@ -76,3 +104,91 @@ def test_drafts_behind_a_wrong_one_are_not_held_against_the_request() -> None:
     one.verified(drafted=1, accepted=0)
     many.verified(drafted=8, accepted=0)
     assert one == many
+
+
+def test_the_account_holds_a_few_steps_and_grows_by_a_share() -> None:
+    account = Account()
+    account.pay(1.0)
+    assert account.seconds is None
+    account.step(1e-2)
+    assert account.seconds == HELD * 1e-2
+    account.pay(5e-2)
+    for _ in range(10):
+        account.step(1e-2)
+    assert account.seconds == pytest.approx(HELD * 1e-2 - 5e-2 + 10 * SHARE * 1e-2)
+    for _ in range(10000):
+        account.step(1e-2)
+    assert account.seconds == HELD * 1e-2
+
+
+class Machine:
+    """A clock, and a proposer whose drafts are right with the given chance; both cost what they are told to."""
+
+    after: Sequence[int] = ()
+
+    def __init__(self, step: tuple[float, float], making: tuple[float, float], seed: int) -> None:
+        self.now, self.step, self.making = 0.0, step, making
+        self.random = random.Random(seed)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def spend(self, line: tuple[float, float], count: int) -> float:
+        seconds = (line[0] + line[1] * count) * self.random.uniform(0.9, 1.1)
+        self.now += seconds
+        return seconds
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None: ...
+
+    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[Sequence[torch.Tensor]]) -> None: ...
+
+    def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int]]:
+        if requests:
+            self.spend(self.making, sum(counts))
+        return [[0] * count for count in counts]
+
+    def run(self, speculation: Speculation, sequences: int, chance: float, tokens: int) -> float:
+        """Seconds for so many tokens of each sequence."""
+        params = SamplingParams(max_tokens=100_000)
+        requests = [
+            Request(request_id=str(n), prompt_token_ids=[1], params=params, max_total_tokens=10**6, seed=n) for n in range(sequences)
+        ]
+        for request in requests:
+            request.status = RequestStatus.RUNNING
+            request.append(0)
+            request.num_computed_tokens = 1
+        begun = self.now
+        while any(len(request.output_token_ids) <= tokens for request in requests):
+            items = [ScheduledRequest(r, r.num_computed_tokens, 1 + len(r.draft_token_ids), r.draft_token_ids) for r in requests]
+            total = sum(item.num_new_tokens for item in items)
+            speculation.costs.observe(total, self.spend(self.step, total))
+            for item in items:
+                right = next((n for n in range(len(item.drafts)) if self.random.random() >= chance), len(item.drafts))
+                item.kept = range(1, right + 1)
+                if item.drafts:
+                    speculation.verified(item)
+                for _ in range(right + 1):
+                    item.request.append(0)
+                item.request.num_computed_tokens += right + 1
+                item.request.draft_token_ids = []
+            speculation.draft(items)
+        return (self.now - begun) / (sum(len(request.output_token_ids) for request in requests) - sequences) * sequences * tokens
+
+
+@pytest.mark.parametrize("sequences", [1, 4, 32])
+@pytest.mark.parametrize("making", [(0.0, 0.0), (1e-3, 5e-4), (6e-3, 1e-3)])
+@pytest.mark.parametrize("step", [(9e-3, 2e-4), (6e-3, 3e-3)])
+def test_no_text_is_slowed_down_by_more_than_3_percent(
+    monkeypatch: pytest.MonkeyPatch, step: tuple[float, float], making: tuple[float, float], sequences: int
+) -> None:
+    """Whatever was said before, and however the next text takes to drafts."""
+    machine = Machine(step, making, seed=sequences)
+    monkeypatch.setattr("minfer.speculative.speculation.time", SimpleNamespace(perf_counter=machine.perf_counter))
+    speculation = Speculation(machine, 8)
+    plain = 400 * (step[0] + step[1] * sequences)
+    machine.run(speculation, sequences, 0.5, 100)
+    for chance in (0.0, 0.3, 0.1, 0.6, 0.0, 0.95, 0.05):
+        seconds = machine.run(speculation, sequences, chance, 400)
+        assert seconds < 1.03 * plain, chance
+        if chance == 0.95 and sequences == 1 and making[0] < 5e-3 and step[0] > 8e-3:
+            assert seconds < 0.5 * plain

@@ -88,6 +88,7 @@ asks = st.lists(st.tuples(st.integers(1, 120), st.integers(0, 2), st.integers(0,
     tight=st.booleans(),
     prefix_caching=st.booleans(),
     adaptive=st.booleans(),
+    top_k=st.sampled_from([1, 2, 4]),
     drafter=st.sampled_from(["ngram", "stranger", "twin", "skip", "eagle", "eagle3", "medusa", "redrafter"]),
 )
 def test_outputs_are_those_of_plain_decoding(
@@ -102,6 +103,7 @@ def test_outputs_are_those_of_plain_decoding(
     tight: bool,
     prefix_caching: bool,
     adaptive: bool,
+    top_k: int,
     drafter: str,
 ) -> None:
     draft_model = {"ngram": None, "skip": None, "stranger": stranger, "twin": tiny_llama, **head_folders}[drafter]
@@ -114,6 +116,7 @@ def test_outputs_are_those_of_plain_decoding(
             **({"speculative": "draft", "draft_model": str(draft_model)} if draft_model else skipping),
             "backend": plain.engine.config.backend,
             "adaptive_drafts": adaptive,
+            "draft_top_k": top_k if drafter in ("eagle", "eagle3", "medusa") else 1,
             "max_model_len": 160,
             "block_size": block_size,
             "max_num_batched_tokens": budget,
@@ -218,7 +221,7 @@ class Oracle:
 
     def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[Sequence[torch.Tensor]]) -> None: ...
 
-    def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> list[list[int]]:
+    def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int]]:
         if self.kind == "hostile":  # ends of text, padding ids, ids beside the grammar, more of them than there is room for
             return [[2, 511, 0, 2, *range(50)][:count] for count in counts]
         wrong = {"always": lambda n: False, "never": lambda n: True, "sometimes": lambda n: n % 3 == 2}[self.kind]
@@ -243,11 +246,12 @@ def test_a_proposer_may_be_right_or_wrong(plain: LLM, tiny_llama: Path, kind: st
     assert (rate == 0) if kind == "never" else (rate == 1) if kind == "always" else (kind == "hostile" or 0 < rate < 1)
 
 
-@pytest.mark.parametrize("drafter", ["ngram", "twin", "skip", "eagle", "eagle3", "speculators", "medusa", "redrafter"])
+@pytest.mark.parametrize("drafter", ["ngram", "twin", "skip", "eagle", "eagle3", "eagle3 tree", "medusa", "medusa tree", "redrafter"])
 def test_stop_strings_and_grammars_hold_with_every_proposer(tiny_llama: Path, head_folders: dict[str, Path], drafter: str) -> None:
     asked: dict[str, Any] = {"speculative": drafter} if drafter in ("ngram", "skip") else {"speculative": "draft"}
     if asked["speculative"] == "draft":
-        asked["draft_model"] = str(tiny_llama if drafter == "twin" else head_folders[drafter])
+        asked["draft_model"] = str(tiny_llama if drafter == "twin" else head_folders[drafter.removesuffix(" tree")])
+        asked["draft_top_k"] = 3 if drafter.endswith("tree") else 1
     plain = LLM(str(tiny_llama), **BASE)
     llm = LLM(str(tiny_llama), **{**BASE, **SPECULATIVE, **asked, "max_num_batched_tokens": 24, "max_num_seqs": 4, "block_size": 4})
     form = StructuredOutputsParams(regex="(the|fox|[0-9]{2}){3,8}")
@@ -323,7 +327,7 @@ def test_a_proposer_sees_the_inner_states_of_the_tokens_that_stand(tiny_llama: P
     ("drafts", "drawn", "count"), [([], [5], 0), ([1, 2], [1, 2, 9], 2), ([1, 2], [1, 3, 9], 1), ([1, 2], [2, 2, 9], 0)]
 )
 def test_drafts_stand_up_to_the_first_wrong_one(drafts: list[int], drawn: list[int], count: int) -> None:
-    assert accepted(drafts, drawn) == count
+    assert accepted(drafts, (), drawn) == list(range(1, count + 1))
 
 
 @pytest.mark.parametrize("draft", [0, 3, 7])
@@ -349,7 +353,7 @@ def test_a_verified_position_has_the_models_distribution(draft: int) -> None:
         for index in range(5000):
             drawn = tokens[2 * index : 2 * index + 2]
             first[drawn[0]] += 1
-            if accepted([draft], drawn):
+            if accepted([draft], (), drawn):
                 second[drawn[1]] += 1
     for row, counts in enumerate((first, second)):
         expected = torch.softmax(logits[row].double() / 0.9, -1) * sum(counts.values())

@@ -47,8 +47,8 @@ class CpuBackend(Backend):
         self._attention = runtime.op(
             "attention",
             "ptr q, ptr k_cache, ptr v_cache, ptr k_scale, ptr v_scale, ptr out, ptr query_start, ptr seq_lens, ptr block_tables, "
-            "int requests, int heads, int kv_heads, int dim, int block_size, int q_stride, int table_stride, int dtype, int cache_dtype, "
-            "int window, double scale, double softcap",
+            "ptr tails, int requests, int heads, int kv_heads, int dim, int block_size, int q_stride, int table_stride, int tail_stride, "
+            "int dtype, int cache_dtype, int window, double scale, double softcap",
         )
         self._silu_mul = runtime.op("silu_mul", "ptr x, ptr out, int rows, int width, int x_stride, int dtype")
         self._argmax = runtime.op("argmax", "ptr x, ptr out, int rows, int width, int x_stride, int dtype")
@@ -111,9 +111,12 @@ class CpuBackend(Backend):
         runtime, ptr = self.runtime, self.runtime.ptr
         out = runtime.empty((rows, heads, dim), q.dtype)
         pages = map(ptr, (cache.k, cache.v, cache.k_scale, cache.v_scale))
-        pointers = (ptr(q), *pages, ptr(out), ptr(batch.query_start), ptr(batch.seq_lens), ptr(batch.block_tables))
+        if batch.tails is not None:
+            _index("tails", batch.tails, torch.int64)
+        indices = map(ptr, (batch.query_start, batch.seq_lens, batch.block_tables, batch.tails))
+        pointers = (ptr(q), *pages, ptr(out), *indices)
         sizes = (batch.num_requests, heads, cache.kv_heads, dim, cache.block_size)
-        strides = (_row_stride(q, "q"), batch.block_tables.stride(0))
+        strides = (_row_stride(q, "q"), batch.block_tables.stride(0), 0 if batch.tails is None else batch.tails.stride(0))
         self._attention(*pointers, *sizes, *strides, _code(q), DTYPES[cache.format.dtype], window or 0, scale, softcap or 0.0)
         return out
 

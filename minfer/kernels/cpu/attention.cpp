@@ -23,7 +23,8 @@ struct AttentionArgs {
   const int32_t* query_start;   // [requests + 1]
   const int32_t* seq_lens;      // [requests]
   const int32_t* block_tables;  // [requests, ...], rows table_stride apart
-  int64_t requests, heads, kv_heads, dim, block_size, q_stride, table_stride, dtype, cache_dtype;
+  const int64_t* tails;         // [requests, ...], rows tail_stride apart: a position, and the slots of the keys from there on; or null
+  int64_t requests, heads, kv_heads, dim, block_size, q_stride, table_stride, tail_stride, dtype, cache_dtype;
   int64_t window;  // 0: none
   double scale;
   double softcap;  // 0: none
@@ -53,6 +54,8 @@ struct Carver {
 struct Head {
   const AttentionArgs& a;
   int64_t request, kv_head, group, first_token, tokens, seq_len;
+  const int64_t* tail;  // slots of the keys from position `trunk` on, which don't lie where the block table says
+  int64_t trunk;
 
   Head(const AttentionArgs& args, int64_t request, int64_t kv_head)
       : a(args),
@@ -61,16 +64,26 @@ struct Head {
         group(args.heads / args.kv_heads),
         first_token(args.query_start[request]),
         tokens(args.query_start[request + 1] - first_token),
-        seq_len(args.seq_lens[request]) {}
+        seq_len(args.seq_lens[request]),
+        tail(args.tails ? args.tails + request * args.tail_stride + 1 : nullptr),
+        trunk(tail ? tail[-1] : INT64_MAX) {}
 
   int64_t rows() const { return tokens * group; }
   int64_t position(int64_t row) const { return seq_len - tokens + row / group; }
   int64_t first_key(int64_t row) const { return a.window > 0 ? larger(0, position(row) - a.window + 1) : 0; }
   int64_t query_head(int64_t row) const { return kv_head * group + row % group; }
 
-  // Where this head's part of the request's n-th block begins in the caches, in rows.
-  int64_t block_row(int64_t n) const {
-    return (a.block_tables[request * a.table_stride + n] * a.kv_heads + kv_head) * a.block_size;
+  // Where a key of this head lies in the caches, in rows.
+  int64_t row_of(int64_t key) const {
+    const bool listed = key >= trunk;
+    const int64_t slot = listed ? tail[key - trunk] : key;
+    const int64_t block = slot / a.block_size, within = slot - block * a.block_size;
+    return ((listed ? block : a.block_tables[request * a.table_stride + block]) * a.kv_heads + kv_head) * a.block_size + within;
+  }
+
+  // How many keys from this one on lie row by row behind it.
+  int64_t run_of(int64_t key) const {
+    return key >= trunk ? 1 : smaller(a.block_size - key % a.block_size, trunk - key);
   }
 };
 
@@ -121,18 +134,16 @@ struct Attention {
     const C* cache = nullptr;
     const BFloat16* scales = nullptr;
     int64_t width = 0, key = 0, end = 0;
-    const char* row = nullptr;  // where `key` lies, once its block was looked up
-    int64_t left = 0;           // keys up to the end of that block
+    const char* row = nullptr;  // where `key` lies, once it was looked up
+    int64_t left = 0;           // keys that lie behind it
 
     void rows(int64_t count) {
-      const AttentionArgs& a = head->a;
       const int64_t bytes = width * static_cast<int64_t>(sizeof(C));
       for (; count > 0 && key < end; --count, ++key, --left, row += bytes) {
         if (left == 0) {
-          const int64_t within = key % a.block_size;
-          const int64_t at = head->block_row(key / a.block_size) + within;
+          const int64_t at = head->row_of(key);
           row = reinterpret_cast<const char*>(cache + at * width);
-          left = a.block_size - within;
+          left = head->run_of(key);
           if (kCoded) __builtin_prefetch(scales + at);
         }
         for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte);
@@ -161,12 +172,11 @@ struct Attention {
     tile.count = smaller(kTile, head.seq_len - first);
     const C* k_cache = static_cast<const C*>(a.k_cache);
     const C* v_cache = static_cast<const C*>(a.v_cache);
-    int64_t block = first / a.block_size, within = first % a.block_size, at = head.block_row(block) + within;
     const C* rows[kTile];
-    for (int64_t j = 0; j < tile.count; ++j, ++within, ++at) {
-      if (within == a.block_size) {
-        within = 0;
-        at = head.block_row(++block);
+    for (int64_t j = 0, at = 0, left = 0; j < tile.count; ++j, ++at, --left) {
+      if (left == 0) {
+        at = head.row_of(first + j);
+        left = head.run_of(first + j);
       }
       tile.values[j] = v_cache + at * width;
       rows[j] = k_cache + at * width;
@@ -184,9 +194,9 @@ struct Attention {
 
   void read_scales(const Head& head, Tile& tile) const {
     const float k_factor = coding.unit * static_cast<float>(a.scale), v_factor = coding.unit;
-    for (int64_t j = 0, run; j < tile.count; j += run) {  // a run: the keys of one block
-      const int64_t key = tile.first + j, within = key % a.block_size, at = head.block_row(key / a.block_size) + within;
-      run = smaller(tile.count - j, a.block_size - within);
+    for (int64_t j = 0, run; j < tile.count; j += run) {
+      const int64_t at = head.row_of(tile.first + j);
+      run = smaller(tile.count - j, head.run_of(tile.first + j));
       for (int64_t i = 0; i < run; ++i) {
         tile.k_scale[j + i] = bit_cast<float>(static_cast<uint32_t>(a.k_scale[at + i].bits) << 16) * k_factor;
         tile.v_scale[j + i] = bit_cast<float>(static_cast<uint32_t>(a.v_scale[at + i].bits) << 16) * v_factor;

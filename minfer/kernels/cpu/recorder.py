@@ -3,8 +3,8 @@
 While a `StepRecorder` is set on a runtime, ops are noted and nothing is computed. A step is recorded at its largest size and
 replayed at any smaller one: of an op's arguments, only these belong to a particular batch, and become variables of the replay:
 
-    rows, requests, table_stride          by their field's name
-    token_ids, positions, slots, ...      the addresses of the batch's tensors, by value
+    rows, requests, ..._stride            by their field's name
+    token_ids, positions, slots, ...      the addresses of the batch's tensors, by value; null for one that a batch hasn't
 
 Everything else is a constant: weights, caches, widths. Intermediate tensors get their addresses afterwards. The recording
 knows from which op to which each is in use, so a planner packs them into one arena, where layers reuse the same few
@@ -29,8 +29,8 @@ from minfer.batch import Batch
 from minfer.errors import ConfigError
 from minfer.kernels.cpu.runtime import Kernel, Runtime
 
-_SIZES = ("rows", "requests", "table_stride")
-_TENSORS = ("token_ids", "positions", "slots", "query_start", "seq_lens", "block_tables")
+_SIZES = ("rows", "requests", "table_stride", "tail_stride")
+_TENSORS = ("token_ids", "positions", "slots", "query_start", "seq_lens", "block_tables", "tails")
 _ALIGNMENT = 64
 
 
@@ -58,7 +58,9 @@ class StepRecorder:
 
     def __init__(self, runtime: Runtime, batch: Batch) -> None:
         self.runtime = runtime
-        self._sizes = {"rows": batch.num_tokens, "requests": batch.num_requests, "table_stride": batch.block_tables.stride(0)}
+        if batch.tails is None:
+            raise ConfigError("a step is recorded with a batch that has tails, so that every batch may have them")
+        self._sizes = dict(zip(_SIZES, _sizes(batch), strict=True))
         self._inputs = {getattr(batch, name).data_ptr(): len(_SIZES) + i for i, name in enumerate(_TENSORS)}
         self._buffers: list[_Buffer] = []
         self._calls: list[_Call] = []
@@ -169,9 +171,11 @@ class CpuGraph:
         if rows > self._outputs[0].shape[0]:
             raise ConfigError(f"a step of {rows} tokens is larger than the {self._outputs[0].shape[0]} that were recorded")
         variables = self._variables
-        variables[0], variables[1], variables[2] = rows, batch.num_requests, batch.block_tables.stride(0)
+        for i, size in enumerate(_sizes(batch)):
+            variables[i] = size
         for i, name in enumerate(_TENSORS, len(_SIZES)):
-            variables[i] = getattr(batch, name).data_ptr()
+            tensor = getattr(batch, name)
+            variables[i] = 0 if tensor is None else tensor.data_ptr()
         self.runtime.library.minfer_graph_run(self._handle, ctypes.cast(variables, ctypes.c_char_p), self.runtime.pool)
         return [output[:rows] for output in self._outputs]
 
@@ -187,6 +191,11 @@ class _OnlyViews(TorchDispatchMode):
         if not func.is_view and func not in (torch.ops.aten.empty.memory_format, torch.ops.aten._unsafe_view.default):
             raise ConfigError(f"can't record a step that runs the torch operation {func} between ops: its replay would lack it")
         return func(*args, **(kwargs or {}))
+
+
+def _sizes(batch: Batch) -> list[int]:
+    """What `_SIZES` are of this batch."""
+    return [batch.num_tokens, batch.num_requests, batch.block_tables.stride(0), 0 if batch.tails is None else batch.tails.stride(0)]
 
 
 def _aligned(offset: int) -> int:

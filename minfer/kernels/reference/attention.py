@@ -3,7 +3,8 @@
 Requests that bring one token each (most of a busy step) are padded to the longest and answered by one batched call, since
 thirty-two small calls a layer would cost more than their arithmetic. Requests that bring several are done one by one.
 The query heads of a group stand as extra query rows over their shared KV head, so K and V are never repeated. A quantised
-cache is dequantised as it is gathered, and the rest is float32 then; any other is read in the type of the queries.
+cache is dequantised as it is gathered, and the rest is float32 then; any other is read in the type of the queries. Keys that lie
+elsewhere (`Batch.tails`) are put into their places after the gathering.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def _one_request(
     """q[n, Hq, D]: the new tokens of one request, the last n of its sequence."""
     n, heads, dim = q.shape
     seq_len = batch.seq_lens_host[request]
-    k, v = _gather(cache, batch.block_tables[request : request + 1], seq_len, q.dtype)  # [1, Hk, L, D]
+    one = slice(request, request + 1)
+    k, v = _gather(cache, batch.block_tables[one], seq_len, q.dtype, None if batch.tails is None else batch.tails[one])  # [1, Hk, L, D]
     kv_heads = k.shape[1]
     # A plain causal prompt can use the kernel that never looks at the masked half; it wants K and V per query head.
     if n == seq_len and window is None and softcap is None:
@@ -78,8 +80,9 @@ def _single_tokens(
     longest = max(batch.seq_lens_host[r] for r in requests)
     everyone = count == batch.num_requests
     tables = batch.block_tables if everyone else batch.block_tables[requests]
+    tails = batch.tails if everyone or batch.tails is None else batch.tails[requests]
     lens = (batch.seq_lens if everyone else batch.seq_lens[requests])[:, None]  # [R, 1]
-    k, v = _gather(cache, tables, longest, q.dtype)  # [R, Hk, L, D]
+    k, v = _gather(cache, tables, longest, q.dtype, tails)  # [R, Hk, L, D]
     key = torch.arange(longest, device=q.device)[None, :]
     visible = key < lens  # [R, L]
     if window is not None:
@@ -93,8 +96,10 @@ def _single_tokens(
     return o.reshape(count, heads, dim)
 
 
-def _gather(cache: LayerCache, tables: torch.Tensor, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first `length` tokens behind each block table, as fresh dense tensors: [R, Hk, length, D] each."""
+def _gather(
+    cache: LayerCache, tables: torch.Tensor, length: int, dtype: torch.dtype, tails: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first `length` tokens behind each block table and tail, as fresh dense tensors: [R, Hk, length, D] each."""
     blocks = -(-length // cache.block_size)
     tables = tables[:, :blocks]
     out = []
@@ -104,9 +109,26 @@ def _gather(cache: LayerCache, tables: torch.Tensor, length: int, dtype: torch.d
         else:
             codes = pages.view(torch.uint8)[tables].view(pages.dtype)  # torch doesn't index 8-bit floats
             picked = dequantize(codes, scales[tables], cache.format)
-        dense = picked.transpose(1, 2).flatten(2, 3)  # [R, Hk, blocks * block_size, D]
-        out.append(dense[:, :, :length].to(dtype))
+        dense = picked.transpose(1, 2).flatten(2, 3)[:, :, :length].to(dtype)  # [R, Hk, length, D]
+        if tails is not None:
+            _put_tails(dense, pages, scales, cache, tails)
+        out.append(dense)
     return out[0], out[1]
+
+
+def _put_tails(dense: torch.Tensor, pages: torch.Tensor, scales: torch.Tensor | None, cache: LayerCache, tails: torch.Tensor) -> None:
+    """Overwrites what `dense` [R, Hk, L, D] has at the positions that tails speak of."""
+    length, depth = dense.shape[2], tails.shape[1] - 1
+    at = tails[:, :1] + torch.arange(depth, device=tails.device)  # [R, D]
+    row, column = (at < length).nonzero(as_tuple=True)
+    slots = tails[row, column + 1]
+    block, within = slots // cache.block_size, slots % cache.block_size
+    if scales is None:
+        picked = pages[block, :, within]  # [n, Hk, D]
+    else:
+        codes = pages.view(torch.uint8)[block, :, within].view(pages.dtype)
+        picked = dequantize(codes, scales[block, :, within], cache.format)
+    dense[row, :, at[row, column]] = picked.to(dense.dtype)
 
 
 def _softmax_attention(

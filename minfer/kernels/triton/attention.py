@@ -335,6 +335,8 @@ def attention(
         raise ConfigError(f"{heads} query heads can't share {kv_heads} KV heads")
     if dim > 256:
         raise ConfigError(f"the triton attention takes heads of up to 256 values, not {dim}")
+    if batch.tails is not None:
+        raise ConfigError("the triton attention doesn't know drafts that branch; set draft_top_k to 1")
     q_stride = row_stride("q", q)
     check_cache(cache, q, kv_heads, dim)
     for name in ("query_start", "seq_lens", "block_tables"):

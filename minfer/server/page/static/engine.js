@@ -120,8 +120,11 @@ function drawTiles() {
     ["KV in use", share(pool.used, pool.blocks), `${bytes(pool.used * engine.block_bytes)} of ${bytes(pool.blocks * engine.block_bytes)}`],
     ["Prefix hits", share(counters.prefix_hits, counters.prefix_queries), `${number(counters.prefix_hits)} tokens saved`],
   ];
-  if (counters.draft_tokens !== undefined) tiles.push(["Drafts kept", share(counters.accepted_tokens, counters.draft_tokens), `${number(counters.accepted_tokens)} of ${number(counters.draft_tokens)}`]);
-  else tiles.push(["First token", first ? duration(first) : "–", "median so far"]);
+  if (counters.draft_tokens !== undefined) {
+    const length = counters.drafts ? (1 + counters.accepted_tokens / counters.drafts).toFixed(1) : "–";
+    tiles.push(["Drafts kept", share(counters.accepted_tokens, counters.draft_tokens), `${number(counters.accepted_tokens)} of ${number(counters.draft_tokens)}`]);
+    tiles.push(["Tokens a draft step", length, `${counters.drafts_gained_us < 0 ? "lost" : "saved"} ${duration(Math.abs(counters.drafts_gained_us))}`]);
+  } else tiles.push(["First token", first ? duration(first) : "–", "median so far"]);
   if (counters.preemptions) tiles.push(["Preempted", number(counters.preemptions), "gave blocks back"]);
   const box = $("tiles");
   while (box.children.length < tiles.length) box.append(h("div", { class: "tile" }, h("span"), h("strong"), h("small")));
