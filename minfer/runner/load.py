@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +19,20 @@ import torch
 from minfer.config import CALIBRATED, EngineConfig, ModelConfig
 from minfer.errors import ConfigError
 from minfer.kernels import Ops, select_ops
-from minfer.kernels.cpu.arena import ask_for_huge_pages
+from minfer.kernels.cpu.arena import ask_for_huge_pages, return_free_memory
 from minfer.kvcache import FORMATS, KVCache, format_of
 from minfer.layers.loading import load_weights
 from minfer.loader import Checkpoint, open_checkpoint, quantised_twin, quantized_as_asked, resolve_model
-from minfer.loader.check import finite
+from minfer.loader.check import Named, finite
 from minfer.loader.heads import is_head
 from minfer.models import Model, create_model
+from minfer.quant import PackedWeight
 from minfer.runner.load_head import DraftHead, load_head
 from minfer.runner.memory import GIB, num_kv_blocks
 
 logger = logging.getLogger("minfer.load")
+
+TIDY_AFTER = 128 << 20  # bytes of weights read; tidying up takes a few milliseconds
 
 
 class PhaseTimer:
@@ -95,7 +98,8 @@ def load_model(config: EngineConfig, on_phase: Callable[[str], None] = lambda na
         checkpoint = quantized_as_asked(checkpoint, config.quant, on_phase)
     with phases("read weights"), torch.inference_mode():
         model = create_model(model_config, ops, max_len, device)
-        load_weights(model, finite(checkpoint.tensors(keep_packed=config.quant != "none"), checkpoint.tensor_infos))
+        tensors = finite(checkpoint.tensors(keep_packed=config.quant != "none"), checkpoint.tensor_infos)
+        load_weights(model, _tidied(tensors))
     draft: Model | DraftHead | None = None
     if config.draft_model is not None:
         with phases("read draft model"), torch.inference_mode():
@@ -115,6 +119,19 @@ def load_model(config: EngineConfig, on_phase: Callable[[str], None] = lambda na
     logger.info("loaded %s: %s", config.model, ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.seconds.items()))
     logger.info("KV cache: %s", describe_kv_cache(cache, model_config))
     return LoadedModel(resolved, model_config, checkpoint, model, ops, cache, device, phases, drafting)
+
+
+def _tidied(tensors: Iterable[Named]) -> Iterator[Named]:
+    """The same tensors; what was left of those before is given back now and then, so that memory peaks little above the model."""
+    taken = 0
+    for name, tensor in tensors:
+        taken += (tensor.codes if isinstance(tensor, PackedWeight) else tensor).nbytes
+        yield name, tensor
+        del tensor  # or it would still be there when the next one is read
+        if taken > TIDY_AFTER:
+            taken = 0
+            return_free_memory()
+    return_free_memory()
 
 
 def _kv_cache(model: ModelConfig, blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> KVCache:

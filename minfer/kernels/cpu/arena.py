@@ -20,7 +20,7 @@ import mmap
 
 import torch
 
-_CHUNK = 64 << 20
+_CHUNK = 512 << 20  # of addresses: only what is touched takes memory, and every chunk's last huge page is wasted in part
 _HUGE_PAGE = 2 << 20
 _ALIGNMENT = 4096
 _LARGE = 4 * _HUGE_PAGE  # of a tensor this long, rounding up to huge pages wastes an eighth on average
@@ -51,6 +51,16 @@ def ask_for_huge_pages(tensor: torch.Tensor) -> None:
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     start = -(-tensor.data_ptr() // _ALIGNMENT) * _ALIGNMENT
     madvise(start, tensor.data_ptr() + tensor.nbytes - start, mmap.MADV_HUGEPAGE)
+
+
+def return_free_memory() -> None:
+    """Gives the system what the C library's allocator holds free; elsewhere than in glibc nothing happens.
+
+    Reading and packing matrices leaves hundreds of megabytes of holes in its heap, which nothing later fits.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 def _map(size: int) -> torch.Tensor:
