@@ -28,6 +28,7 @@ from compare.load.drive import Result, closed_loop, open_loop
 from compare.load.server import Served, served
 
 RATES = (0.5, 1, 2, 3)  # of what a closed loop gets, which its last requests, alone on the server, make look smaller than it is
+RESOURCES = {"rss_bytes": 1.05, "open_files": 1.0, "threads": 1.0}  # and how far the end of a long run may exceed its middle
 TOO_MUCH = 4.1  # of the capacity that those rates show
 
 OFFLINE = """
@@ -73,10 +74,13 @@ def arguments() -> argparse.ArgumentParser:
         prog="python -m compare.load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("experiment", choices=("mixed", "overload", "offline"))
-    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument(
+        "--model", default="smollm2-135m", help="tiny: random weights in a small shape, to try the server and not the model"
+    )
     parser.add_argument("--clients", type=int, default=200, help="at the same time (offline: 64 is usual)")
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--minutes", type=float, default=0, help="mixed: repeat the requests for so long, and watch the memory")
+    parser.add_argument("--every", type=float, default=0, help="mixed: seconds from one round's beginning to the next's (0: at once)")
     parser.add_argument("--repeats", type=int, default=3, help="offline: rounds of each arm, interleaved")
     parser.add_argument("--ttft-limit", type=float, default=5.0, help="overload: seconds in which the first token must be there")
     parser.add_argument("--seconds", type=float, default=30, help="overload: of each rate")
@@ -92,18 +96,27 @@ def mixed(options: argparse.Namespace, flags: list[str]) -> tuple[dict[str, Any]
         closed_loop(server.url, Crowd().asks(20, options.seed - 1), 4)
         ends = time.monotonic() + options.minutes * 60
         while not rounds or time.monotonic() < ends:
+            next_round = time.monotonic() + options.every
             result = closed_loop(server.url, Crowd().asks(options.requests, options.seed + len(rounds)), options.clients)
             broken += result.broken
-            rounds.append({**result.summary(), "gauges_after": server.wait_until_idle(), "rss_bytes": server.rss_bytes()})
+            rounds.append({**result.summary(), "gauges_after": server.wait_until_idle(), **server.resources()})
+            time.sleep(max(0.0, next_round - time.monotonic()))
+        cpu = server.cpu_seconds()
     verdict = [f"{len(broken)} requests without exactly one ending: {broken[:3]}"] if broken else []
     verdict += [f"gauges did not return to 0: {r['gauges_after']}" for r in rounds if any(r["gauges_after"].values())]
-    memory = [r["rss_bytes"] for r in rounds if r["rss_bytes"]]
-    # The first rounds fill caches (grammars, prefixes, malloc's arenas); after them it must be flat.
-    if len(memory) >= 6 and statistics.median(memory[-len(memory) // 3 :]) > 1.05 * statistics.median(
-        memory[len(memory) // 3 :][: len(memory) // 3]
-    ):
-        verdict.append(f"memory grows: {memory}")
-    return {"clients": options.clients, "rounds": rounds}, verdict
+    thirds = {name: _thirds([r[name] for r in rounds if r[name]]) for name in rounds[0] if name in RESOURCES}
+    verdict += [f"{name} grows: {values}" for name, values in thirds.items() if values and values[2] > RESOURCES[name] * values[1]]
+    values = {"clients": options.clients, "every_s": options.every, "server_cpu_s": cpu, "medians_of_thirds": thirds}
+    return {**values, "rounds": rounds}, verdict
+
+
+def _thirds(values: list[float]) -> list[float] | None:
+    """The medians of the first, the middle and the last third of a run; None of a short one.
+
+    The first rounds fill caches (grammars, prefixes, malloc's arenas). What grows after them is a leak.
+    """
+    third = len(values) // 3
+    return [statistics.median(part) for part in (values[:third], values[third:-third], values[-third:])] if third >= 2 else None
 
 
 def overload(options: argparse.Namespace, flags: list[str]) -> tuple[dict[str, Any], list[str]]:

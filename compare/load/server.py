@@ -15,6 +15,22 @@ from pathlib import Path
 from typing import Any
 
 READY = re.compile(r"minfer serves .* at (http://\S+)/v1")
+TINY = "tiny"
+# A model that costs next to nothing, so that hours of requests are the server's work; with SmolLM2's vocabulary and chat template.
+TINY_SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 49152,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 
 
@@ -23,16 +39,19 @@ class Served:
         self.url = url
         self.process = process
 
-    def rss_bytes(self) -> int | None:
-        """Resident memory; None of a server that somebody else started, and where there is no /proc."""
+    def resources(self) -> dict[str, int | None]:
+        """What the process holds; None of a server that somebody else started, and where there is no /proc."""
+        values: dict[str, int | None] = {"rss_bytes": None, "open_files": None, "threads": None}
         if self.process is None:
-            return None
+            return values
+        folder = Path(f"/proc/{self.process.pid}")
         try:
-            text = Path(f"/proc/{self.process.pid}/status").read_text()
+            status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+            values = {"rss_bytes": int(status["VmRSS"].split()[0]) * 1024, "threads": int(status["Threads"])}
+            values["open_files"] = sum(1 for _ in (folder / "fd").iterdir())
         except OSError:
-            return None
-        found = re.search(r"^VmRSS:\s+(\d+) kB", text, flags=re.MULTILINE)
-        return int(found[1]) * 1024 if found else None
+            return dict.fromkeys(values)
+        return values
 
     def cpu_seconds(self) -> float | None:
         """What the process has used so far, of all its threads."""
@@ -68,7 +87,10 @@ class Served:
 @contextmanager
 def served(model: str, flags: Sequence[str] = ()) -> Iterator[Served]:
     """A server on a free port, ended by SIGTERM; SystemExit if it doesn't come up or doesn't exit 0."""
-    with tempfile.TemporaryFile() as log:
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as folder:
+        if model == TINY:
+            Path(folder, "config.json").write_text(json.dumps(TINY_SHAPE))
+            model, flags = folder, ["--load-format", "dummy", "--tokenizer", "smollm2-135m", "--served-model-name", TINY, *flags]
         process = subprocess.Popen([sys.executable, "-m", "minfer", "serve", model, "--port", "0", *flags], stderr=log)
         try:
             yield Served(_url(process, log), process)
