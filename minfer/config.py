@@ -24,6 +24,7 @@ CALIBRATED = ("awq", "gptq", "smoothquant")  # values of quant that have to see 
 Activations = Literal["auto", "int8", "none"]
 PolicyName = Literal["fcfs", "priority", "fair"]
 Speculative = Literal["none", "ngram", "draft", "skip"]
+ForcedTokens = Literal["auto", "on", "off"]
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -89,6 +90,11 @@ class EngineConfig:
         1, "Tokens tried at each place of a draft, where an EAGLE, EAGLE-3 or Medusa head drafts: above 1, drafts branch into trees."
     )
     ngram_min_match: int = option(3, "Tokens that must agree before ngram copies what followed them.")
+    forced_tokens: ForcedTokens = option(
+        "auto",
+        "Let tokens that the form of an output leaves no choice about enter a step together: on, off, or auto (not where steps are "
+        "replayed from CUDA graphs).",
+    )
     adaptive_drafts: bool = option(True, "Draft only as many tokens as pay at the measured acceptance and step times; off: always all.")
     seed: int | None = option(None, "Seed for requests that bring none (default: fresh entropy for each).")
     trace: str | None = option(None, "File for a trace of every step, to be opened in https://ui.perfetto.dev or chrome://tracing.")
@@ -103,6 +109,7 @@ class EngineConfig:
             ("activations", Activations),
             ("policy", PolicyName),
             ("speculative", Speculative),
+            ("forced_tokens", ForcedTokens),
         ):
             if getattr(self, name) not in get_args(kind):
                 self._fail(name, f"must be one of {', '.join(get_args(kind))}")

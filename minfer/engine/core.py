@@ -21,7 +21,19 @@ from minfer.runner.decode_graphs import DecodeGraphs
 from minfer.runner.graphs import Graph, can_capture, can_capture_on_gpu, capture
 from minfer.sampling import LogitsProcessor, RowLogprobs, Sampler, SamplerOutput, SamplingRow, prompt_logprobs
 from minfer.scheduler import Request, ScheduledRequest, Scheduler, SchedulerOutput, create_policy
-from minfer.speculative import DraftModelProposer, DraftRow, NgramProposer, Proposer, Speculation, accepted, head_proposer, trunk, way
+from minfer.speculative import (
+    DraftModelProposer,
+    DraftRow,
+    Forced,
+    ForcedDrafts,
+    NgramProposer,
+    Proposer,
+    Speculation,
+    accepted,
+    head_proposer,
+    trunk,
+    way,
+)
 
 # Rows of logits scored at a time for prompt log-probabilities: 256 x 128k vocabulary in float32 is 128 MiB.
 SCORING_ROWS = 256
@@ -72,9 +84,17 @@ class CoreStep:
 
 
 class EngineCore:
-    """`proposer` takes the place of the one that the config asks for; to watch a model's inner states, say."""
+    """`proposer` takes the place of the one that the config asks for; to watch a model's inner states, say. `forced` names the
+    tokens that the form of a request's output leaves no choice about.
+    """
 
-    def __init__(self, loaded: LoadedModel, processors: Sequence[LogitsProcessor] = (), proposer: Proposer | None = None) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        processors: Sequence[LogitsProcessor] = (),
+        proposer: Proposer | None = None,
+        forced: Forced | None = None,
+    ) -> None:
         config = loaded.config
         self.loaded = loaded
         self.scheduler = Scheduler(
@@ -89,6 +109,7 @@ class EngineCore:
         self.sampler = Sampler(loaded.model_config.vocab_size, loaded.device, processors, loaded.ops.argmax, loaded.ops.sample)
         proposer = proposer or _proposer(loaded, self.scheduler, processors)
         self.speculation = None if proposer is None else Speculation(proposer, config.num_draft_tokens, config.adaptive_drafts)
+        self.forced = None if forced is None or not _drafts_forced(loaded) else ForcedDrafts(forced)
         after = () if proposer is None else proposer.after
         graph = _graph(loaded, loaded.model, loaded.cache, after)
         self.runner = ModelRunner(loaded.model, loaded.cache, _builder(loaded), graph, after)
@@ -117,8 +138,9 @@ class EngineCore:
         if self.speculation is not None and all(item.decodes for item in plan.scheduled):
             self.speculation.costs.observe(plan.num_tokens, t3 - t1)
         step = self._remember(plan, sampled, scores, pooled)
+        settled = () if self.forced is None else self.forced.draft(plan.scheduled)
         if self.speculation is not None:
-            self.speculation.draft(plan.scheduled, self.runner.states)
+            self.speculation.draft(plan.scheduled, self.runner.states, settled)
         built = self.runner.build_seconds - built
         step.times = StepTimes(1, t1 - t0, built, t2 - t1 - built, t3 - t2, time.perf_counter() - t3)
         self.times.add(step.times)
@@ -159,7 +181,7 @@ class EngineCore:
                 failed.append(request)
                 continue
             outputs[request] = CoreOutput(request, [sampled.token_ids[i] for i in at], [sampled.logprobs[i] for i in at])
-            if item.drafts and self.speculation is not None:
+            if item.drafts and (self.forced is None or not self.forced.verified(item)) and self.speculation is not None:
                 self.speculation.verified(item)
             self._join_branch(item)
         return outputs, failed
@@ -193,6 +215,13 @@ class EngineCore:
             part = slice(start, start + SCORING_ROWS)
             scored += prompt_logprobs(self.runner.logits(hidden[part]), targets[part], k)
         return scored
+
+
+def _drafts_forced(loaded: LoadedModel) -> bool:
+    """Whether forced tokens enter a step together. A recorded step on the CPU takes any number of tokens; one that is replayed from a
+    CUDA graph takes one of each request, so there a run would cost everybody in the batch the graph."""
+    config = loaded.config
+    return config.forced_tokens == "on" or (config.forced_tokens == "auto" and not (loaded.device.type == "cuda" and config.graphs))
 
 
 def _builder(loaded: LoadedModel) -> BatchBuilder:

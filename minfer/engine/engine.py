@@ -37,7 +37,8 @@ class Engine:
         padded = tokenizer is not None and tokenizer.vocab_size < loaded.model_config.vocab_size
         own = [PaddedVocabulary(tokenizer.vocab_size)] if padded and tokenizer is not None else []
         self.grammar_masks = GrammarMasks()
-        self.core = EngineCore(loaded, [*own, *processors, self.grammar_masks])  # the grammar has the last word
+        processors = [*own, *processors, self.grammar_masks]  # the grammar has the last word
+        self.core = EngineCore(loaded, processors, forced=self.grammar_masks.forced)
         self.inputs = InputProcessor(loaded.config, loaded.model_config, tokenizer)
         self.outputs = OutputProcessor(tokenizer)
         self.watchers = Watchers()

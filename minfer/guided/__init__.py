@@ -7,8 +7,8 @@ masks.py      GrammarMasks: the logits processor that follows each request throu
 The parsing is done by llguidance (extra `guided`): it never accepted an invalid instance where others ignore parts of a schema, and
 it compiles in milliseconds. A schema that it can't honour completely is refused, not approximated.
 
-Left out so far: tokens that the grammar forces are sampled one at a time like any other, and masks are filled between the model
-and the sampler, not while the model runs.
+Tokens that a grammar forces enter the next step as drafts (`speculative/forced.py`). On a GPU masks are filled while the device
+computes, because kernels are launched ahead; on a CPU the model and the masks want the same cores.
 """
 
 from minfer.guided.compiler import Grammar, GrammarCompiler

@@ -59,6 +59,15 @@ class GrammarMasks:
         self.num_masks += len(at)
         self.seconds += time.perf_counter() - started
 
+    def forced(self, row: SamplingRow) -> list[int]:
+        """The tokens that must come next in the row's output, as its tokenizer would write them; none where there is a choice."""
+        follower = self._follower(row)
+        follower.follow(row.output_token_ids)
+        if follower.matcher.is_stopped():
+            return []
+        tokens: list[int] = follower.matcher.compute_ff_tokens()
+        return tokens
+
     def _follower(self, row: SamplingRow) -> _Follower:
         grammar = row.params.grammar
         assert isinstance(grammar, Grammar), "the input processor put it there"

@@ -9,6 +9,7 @@ To the scheduler a draft is "more tokens for this request", and nothing else in 
 from minfer.speculative.draft_model import DraftModelProposer
 from minfer.speculative.eagle import EagleProposer
 from minfer.speculative.final_state import MedusaProposer, ReDrafterProposer
+from minfer.speculative.forced import Forced, ForcedDrafts, ForcedStats
 from minfer.speculative.heads import head_proposer
 from minfer.speculative.ngram import NgramProposer
 from minfer.speculative.speculation import Proposer, Speculation, SpeculationStats
@@ -20,6 +21,9 @@ __all__ = [
     "DraftRow",
     "DraftTree",
     "EagleProposer",
+    "Forced",
+    "ForcedDrafts",
+    "ForcedStats",
     "MedusaProposer",
     "NgramProposer",
     "Proposer",

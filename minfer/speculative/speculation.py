@@ -7,7 +7,7 @@ preempted one is met as new when it comes back. What is thought of a new one is 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -97,10 +97,10 @@ class Speculation:
         self._worth = 0.0  # seconds that a right draft of the last step saved
         self._plain_steps, self._since_plain = 0, 0
 
-    def draft(self, scheduled: Sequence[ScheduledRequest], states: Sequence[torch.Tensor] = ()) -> None:
+    def draft(self, scheduled: Sequence[ScheduledRequest], states: Sequence[torch.Tensor] = (), settled: Collection[Request] = ()) -> None:
         """Gives each request of the step that has one token left to compute its drafts for the next step.
 
-        `states`: what the proposer asked to see of the step's tokens, [T, H] each.
+        `states`: what the proposer asked to see of the step's tokens, [T, H] each. `settled` requests have their drafts already.
         """
         rows = [state.split([item.num_new_tokens for item in scheduled]) for state in states]
         generating = (item.request.status is RequestStatus.RUNNING and item.request.pooling is None for item in scheduled)
@@ -110,7 +110,7 @@ class Speculation:
         self.proposer.follow(going_on, [[_standing(state[index], scheduled[index]) for state in rows] for index in running])
         known = self._acceptance
         self._acceptance = {item.request: known.get(item.request) or self._usual.heir() for item in going_on}
-        ready = [item.request for item in going_on if item.request.num_left == 1]
+        ready = [item.request for item in going_on if item.request.num_left == 1 and item.request not in settled]
         counts = self._counts(ready)
         asked = [(request, count) for request, count in zip(ready, counts, strict=True) if count]
         if asked:

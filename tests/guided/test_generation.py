@@ -124,7 +124,7 @@ def test_neighbours_chunks_prefixes_and_preemption_change_nothing(tiny_llama: Pa
     for completion in crowd:
         if completion.finish_reason == "stop":
             jsonschema.validate(json.loads(completion.text), PERSON)
-    assert tight.engine.grammar_masks.num_masks == sum(len(c.token_ids) for c in crowd)
+    assert tight.engine.grammar_masks.num_masks >= sum(len(c.token_ids) for c in crowd), "forced ones that fell too"
 
 
 def test_speculation_changes_nothing(smollm2_gguf: Path, smollm2: LLM) -> None:
@@ -139,6 +139,46 @@ def test_speculation_changes_nothing(smollm2_gguf: Path, smollm2: LLM) -> None:
     assert [o.outputs[0].finish_reason for o in guessed] == ["stop", "stop"]
     stats = guessing.engine.core.speculation.stats  # type: ignore[union-attr]
     assert 0 < stats.num_accepted_tokens < stats.num_draft_tokens
+
+
+LONG_NAMES: dict[str, Any] = {
+    "type": "object",
+    "properties": {name: {"enum": ["a first value of many words", "another value"]} for name in ("identification", "classification")},
+    "required": ["identification", "classification"],
+    "additionalProperties": False,
+}
+
+
+def test_forced_tokens_take_no_steps_and_change_nothing(smollm2_gguf: Path, smollm2: LLM) -> None:
+    """Greedy and sampled, alone and beside plain requests: token for token what one token a step gives, in fewer steps."""
+    one_by_one = LLM(str(smollm2_gguf), max_model_len=512, max_num_seqs=16, forced_tokens="off")
+    assert one_by_one.engine.core.forced is None
+    prompts = [chat(smollm2, "Identify and classify it.")] * 4
+    params = [SamplingParams(max_tokens=100, temperature=t, seed=4, structured_outputs={"json": LONG_NAMES}) for t in (0.0, 0.8, 1.5)]
+    params.append(SamplingParams(max_tokens=30, temperature=0, ignore_eos=True))
+    stats = smollm2.engine.core.forced.stats  # type: ignore[union-attr]
+    before = (smollm2.engine.core.scheduler.stats.num_steps, stats.num_accepted_tokens)
+    fast = [o.outputs[0] for o in smollm2.generate(prompts, params, use_tqdm=False)]
+    slow = [o.outputs[0] for o in one_by_one.generate(prompts, params, use_tqdm=False)]
+    assert [c.token_ids for c in fast] == [c.token_ids for c in slow]
+    jsonschema.validate(json.loads(fast[0].text), LONG_NAMES)
+    steps = smollm2.engine.core.scheduler.stats.num_steps - before[0]
+    assert steps < 0.75 * one_by_one.engine.core.scheduler.stats.num_steps
+    assert stats.num_accepted_tokens - before[1] > 20
+    assert stats.num_accepted_tokens > 0.8 * stats.num_tokens
+
+
+def test_forced_tokens_beside_guesses(smollm2_gguf: Path, smollm2: LLM) -> None:
+    """A proposer guesses where the form leaves a choice, and its estimate learns nothing from what had none."""
+    guessing = LLM(str(smollm2_gguf), max_model_len=512, max_num_seqs=16, speculative="skip", adaptive_drafts=False, num_draft_tokens=2)
+    params = SamplingParams(max_tokens=100, temperature=0, structured_outputs={"json": LONG_NAMES})
+    prompts = [chat(smollm2, "Identify and classify it.")] * 2
+    guessed = guessing.generate(prompts, params, use_tqdm=False)
+    plain = smollm2.generate(prompts, params, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in guessed] == [o.outputs[0].token_ids for o in plain]
+    forced, stats = guessing.engine.core.forced, guessing.engine.core.speculation.stats  # type: ignore[union-attr]
+    assert forced is not None and forced.stats.num_accepted_tokens > 10
+    assert stats.num_draft_tokens > 0
 
 
 def test_a_bad_schema_harms_nobody(smollm2: LLM) -> None:
