@@ -4,8 +4,10 @@ options.py      ServerOptions: what a user can set, from which the flags are mad
 run.py          serve(): socket, loading in the background, signals, draining; startup.py: the first screen
 sockets.py      the listening socket, connections on which nothing happens, TLS
 app.py          create_app(): the routes; errors.py: OpenAI's error bodies
-front.py        what a request passes before them: middleware.py (ids, API key, sizes), keys.py, origins.py (browsers),
+front.py        what a request passes before them: middleware.py (API key, sizes), keys.py, origins.py (browsers),
                 admission.py (the queue, the rate of a key)
+records.py      what becomes of each request, told to log.py (a line), metrics.py (a count) and tracing.py (a span for OpenTelemetry)
+openapi.py      the document at /openapi.json, made true
 registry.py     the note from which `minfer ps` knows this server
 slot.py         ModelSlot: where the model is, or will be
 protocol.py     request bodies; structured.py: the form of the output in its many spellings

@@ -23,6 +23,7 @@ from minfer.server.slot import ModelSlot
 
 # What occupies the engine. Everything else that is posted is only subject to the rate.
 QUEUED_PATHS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/embeddings"})
+QUEUE_FULL, RATE_EXCEEDED = "overloaded", "rate_limit_exceeded"  # the error codes of the two reasons to send somebody away
 ANYONE = ""  # the key of those who need none
 BURST_SECONDS = 10  # a key that was silent may send so many seconds' worth at once
 MOST_SECONDS = 120  # to send a client away for
@@ -40,7 +41,7 @@ class Admission:
         self.per_minute = per_minute
         self.keys = max(keys, 1)
         self.held: Counter[str] = Counter()  # key -> sequences in flight
-        self.refused = 0
+        self.refused = dict.fromkeys((QUEUE_FULL, RATE_EXCEEDED), 0)  # 429s so far, by code
         self._clock = clock
         self._ended: deque[float] = deque(maxlen=64)
         self._allowance: dict[str, tuple[float, float]] = {}  # key -> (requests it may send, as of when)
@@ -59,7 +60,7 @@ class Admission:
         left = min(most, left + (now - since) * rate)
         if left < 1:
             self._allowance[key] = left, now
-            self._refuse(f"this key has sent more than {self.per_minute} requests a minute", (1 - left) / rate, "rate_limit_exceeded")
+            self._refuse(f"this key has sent more than {self.per_minute} requests a minute", (1 - left) / rate, RATE_EXCEEDED)
         self._allowance[key] = left - 1, now
 
     def enter(self, key: str, seats: int) -> Ticket:
@@ -69,7 +70,7 @@ class Admission:
             excess = self.in_flight - places + 1
             waiting = max(self.in_flight - seats, 0)
             self._refuse(
-                f"the server is full: {waiting} sequences are waiting, and the limit is {self.max_queue}", self._wait(excess), "overloaded"
+                f"the server is full: {waiting} sequences are waiting, and the limit is {self.max_queue}", self._wait(excess), QUEUE_FULL
             )
         return Ticket(self, key)
 
@@ -80,7 +81,7 @@ class Admission:
         return sequences * (self._clock() - self._ended[0]) / len(self._ended)
 
     def _refuse(self, why: str, seconds: float, code: str) -> None:
-        self.refused += 1
+        self.refused[code] += 1
         wait = min(max(math.ceil(seconds), 1), MOST_SECONDS)
         raise ApiError(429, f"{why}; try again in {wait} s", code=code, headers={"retry-after": str(wait)})
 

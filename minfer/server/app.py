@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 import minfer
 from minfer.engine.async_llm import AsyncLLM
-from minfer.server.admission import take_places
+from minfer.server.admission import Admission, take_places
 from minfer.server.chat import chat_answer, chat_events
 from minfer.server.completions import completion_answer, completion_events
 from minfer.server.connection import answer_while_connected
@@ -20,25 +21,36 @@ from minfer.server.front import add_front
 from minfer.server.generation import Generation
 from minfer.server.job import Job, chat_job, completion_job
 from minfer.server.keys import ApiKeys, load_keys
-from minfer.server.metrics import add_metrics_route
+from minfer.server.log import log_request
+from minfer.server.metrics import HttpCounts, add_metrics_route
+from minfer.server.openapi import Application
 from minfer.server.options import ServerOptions
 from minfer.server.page import add_live_view, add_page
 from minfer.server.protocol import ChatCompletionRequest, CompletionRequest, UnknownFields
+from minfer.server.records import Listener
 from minfer.server.slot import ModelSlot
 from minfer.server.sse import open_stream
 from minfer.server.tokenize import add_tokenizer_routes
 
 
-def create_app(model: ModelSlot | AsyncLLM, options: ServerOptions, keys: ApiKeys | None = None) -> FastAPI:
-    """The ASGI application, for a running engine or for a slot that will get one. `keys` are those of the options, if left out."""
+def create_app(
+    model: ModelSlot | AsyncLLM, options: ServerOptions, keys: ApiKeys | None = None, listeners: Sequence[Listener] = ()
+) -> FastAPI:
+    """The ASGI application, for a running engine or for a slot that will get one. `keys` are those of the options, if left out.
+
+    `listeners` are told of each request that is over, beside the log and the metrics.
+    """
     slot = model if isinstance(model, ModelSlot) else ModelSlot(model.config.model, options, model)
+    keys = load_keys(options) if keys is None else keys
     # No /docs: FastAPI's page loads its scripts from other hosts.
-    app = FastAPI(title="minfer", version=minfer.__version__, docs_url=None, redoc_url=None)
+    app = Application(with_keys=bool(keys), title="minfer", version=minfer.__version__, docs_url=None, redoc_url=None)
     install_handlers(app)
-    app.state.admission = add_front(app, slot, options, load_keys(options) if keys is None else keys)
+    admission, counts = Admission(options.max_queue, options.requests_per_minute, len(keys)), HttpCounts()
+    app.state.admission = admission
+    add_front(app, slot, options, keys, admission, [log_request, counts, *listeners])
     _add_model_routes(app, slot)
     add_tokenizer_routes(app, slot)
-    add_metrics_route(app, slot, options.metrics_compat)
+    add_metrics_route(app, slot, options.metrics_compat, admission, counts)
     _add_generation_routes(app, slot, options)
     add_embedding_route(app, slot, options)
     add_live_view(app, slot)

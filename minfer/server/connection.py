@@ -7,15 +7,12 @@ So a second task does that beside the work.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive
-
-logger = logging.getLogger("minfer.server")
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's number, for the log: nobody is there to read it
 
@@ -45,11 +42,10 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 async def answer_while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """The response that `work` makes; if nobody waits for it any more, one that says so in the log."""
+    """The response that `work` makes; if nobody waits for it any more, one that says so in the request's record."""
     try:
         return await while_connected(request.receive, work)
     except ClientGone:
-        logger.info("%s %s: the client left before the answer", request.state.request_id, request.url.path)
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 

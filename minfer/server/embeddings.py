@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import logging
 import math
-import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -33,9 +31,8 @@ from minfer.server.generation import merged
 from minfer.server.job import check_priority, split_prompts, too_many_sequences
 from minfer.server.options import ServerOptions
 from minfer.server.protocol import Body, check_prompt
+from minfer.server.records import GenerationRecord, current_record
 from minfer.server.slot import ModelSlot
-
-logger = logging.getLogger("minfer.server")
 
 
 class EmbeddingRequest(Body):
@@ -85,13 +82,19 @@ class _Embedding:
     tenant: str
 
     async def run(self) -> list[dict[str, Any]]:
-        started, job = time.monotonic(), f"embd-{uuid.uuid4().hex}"
+        job = f"embd-{uuid.uuid4().hex}"
+        done = GenerationRecord(job, {}, sum(map(len, self.prompts)))
+        request = current_record()
+        if request is not None:
+            request.generation = done
         data: list[dict[str, Any]] = []
         async with aclosing(merged([self._one(f"{job}-{index}", ids) for index, ids in enumerate(self.prompts)])) as outputs:
             async for index, output in outputs:
+                done.cached_tokens += output.num_cached_tokens
+                done.metrics = done.metrics or output.metrics
                 data.append({"object": "embedding", "index": index, "embedding": self._encoded(_vector(output))})
         data.sort(key=lambda item: int(item["index"]))
-        logger.info("%s 'done': %d prompts, %d tokens, %.2f s", job, len(data), sum(map(len, self.prompts)), time.monotonic() - started)
+        done.ending = "done"
         return data
 
     async def _one(self, request_id: str, ids: list[int]) -> AsyncGenerator[RequestOutput, None]:

@@ -1,6 +1,6 @@
 """What stands between a socket and a route, in the order in which a request meets it:
 
-RequestId      an id for the log; errors that nobody else explains
+Recorder       an id; the record of what becomes of it; errors that nobody else explains
 HeaderLimit    431
 CORS           only with --cors-origin; around all that may refuse, so that a page can read why
 BrowserGuard   Host and Origin
@@ -11,20 +11,24 @@ BodyLimit      413, 408
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from minfer.server.admission import Admission, Gate
 from minfer.server.keys import ApiKeys
-from minfer.server.middleware import ApiKey, BodyLimit, HeaderLimit, RequestId
+from minfer.server.middleware import ApiKey, BodyLimit, HeaderLimit
 from minfer.server.options import ServerOptions
 from minfer.server.origins import BrowserGuard
+from minfer.server.records import Listener, Recorder
 from minfer.server.slot import ModelSlot
 
 
-def add_front(app: FastAPI, slot: ModelSlot, options: ServerOptions, keys: ApiKeys) -> Admission:
-    """Puts all of them around the routes, and returns the queue's accounts."""
-    admission = Admission(options.max_queue, options.requests_per_minute, len(keys))
+def add_front(
+    app: FastAPI, slot: ModelSlot, options: ServerOptions, keys: ApiKeys, admission: Admission, listeners: Sequence[Listener]
+) -> None:
+    """Puts all of them around the routes. `listeners` are told of each request that is over."""
     # Each wraps what was added before it, so the innermost comes first.
     app.add_middleware(BodyLimit, limit=options.max_body_bytes, seconds=options.read_seconds)
     app.add_middleware(Gate, admission=admission, slot=slot)
@@ -40,5 +44,4 @@ def add_front(app: FastAPI, slot: ModelSlot, options: ServerOptions, keys: ApiKe
             expose_headers=["x-request-id", "retry-after"],
         )
     app.add_middleware(HeaderLimit)
-    app.add_middleware(RequestId)
-    return admission
+    app.add_middleware(Recorder, listeners=listeners)

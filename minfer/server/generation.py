@@ -7,8 +7,6 @@ didn't end itself ("abort" at shutdown, "error" in the model) is raised, since O
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -17,9 +15,8 @@ from minfer.engine.outputs import CompletionOutput, OutputKind, RequestOutput
 from minfer.server.connection import cancel
 from minfer.server.errors import ApiError
 from minfer.server.job import Job
+from minfer.server.records import GenerationRecord, current_record
 from minfer.server.slot import ModelSlot
-
-logger = logging.getLogger("minfer.server")
 
 T = TypeVar("T")
 
@@ -31,37 +28,34 @@ class Generation:
         self.slot = slot
         self.job = job
         self.llm = slot.require()
-        self._cached: dict[int, int] = {}  # prompt's place -> prompt tokens whose KV was there already
-        self._completion_tokens = 0
+        self.record = GenerationRecord(job.id, _settings(job), sum(len(prompt.ids) for prompt in job.prompts))
+        self._seen: set[int] = set()  # places of the prompts of which something has come
 
     async def run(self, kind: OutputKind) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """`kind` is "delta" for streams or "final". Raises the engine's errors."""
-        started = time.monotonic()
-        ending = "aborted: the client left"
+        request = current_record()
+        if request is not None:
+            request.generation = self.record
         try:
             streams = [self._one(index, kind) for index in range(len(self.job.prompts))]
             async with aclosing(merged(streams)) as outputs:
                 async for index, output in outputs:
                     self._look_at(index, output)
                     yield index, output
-            ending = "done"
+            self.record.ending = "done"
         except Exception as error:
-            ending = f"failed: {error}"
+            self.record.ending = f"failed: {error}"
             raise
-        finally:
-            prompt_tokens = sum(len(prompt.ids) for prompt in self.job.prompts)
-            times = (prompt_tokens, self._completion_tokens, time.monotonic() - started)
-            logger.info("%s %r: %d prompt tokens, %d output tokens, %.2f s", self.job.id, ending, *times)
 
     @property
     def usage(self) -> dict[str, Any]:
         """Prompts are counted once, however large n is. In a stream: so far."""
-        prompt = sum(len(prompt.ids) for prompt in self.job.prompts)
+        done = self.record
         return {
-            "prompt_tokens": prompt,
-            "completion_tokens": self._completion_tokens,
-            "total_tokens": prompt + self._completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
+            "prompt_tokens": done.prompt_tokens,
+            "completion_tokens": done.output_tokens,
+            "total_tokens": done.prompt_tokens + done.output_tokens,
+            "prompt_tokens_details": {"cached_tokens": done.cached_tokens},
         }
 
     def _failed(self) -> ApiError:
@@ -86,7 +80,11 @@ class Generation:
             self.slot.running.discard(request_id)
 
     def _look_at(self, index: int, output: RequestOutput) -> None:
-        self._cached[index] = output.num_cached_tokens
+        if index not in self._seen:
+            self._seen.add(index)
+            self.record.cached_tokens += output.num_cached_tokens
+        if index == 0:
+            self.record.metrics = output.metrics
         for completion in output.outputs:
             if completion.finish_reason == "abort":
                 raise ApiError(503, "the request was ended because the server is shutting down", code="shutting_down")
@@ -94,7 +92,14 @@ class Generation:
                 raise self._failed()
             if self.job.score_only:
                 _forget(completion)
-            self._completion_tokens += len(completion.token_ids)
+            self.record.output_tokens += len(completion.token_ids)
+            if completion.finish_reason is not None:
+                self.record.finish_reasons.append(completion.finish_reason)
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    params = job.params
+    return {name: getattr(params, name) for name in ("n", "max_tokens", "temperature", "top_p") if getattr(params, name) is not None}
 
 
 def _forget(completion: CompletionOutput) -> None:

@@ -1,14 +1,15 @@
 """`/metrics`: the engine's counters in Prometheus' text format, under vLLM's names with the prefix `minfer:` (or `vllm:`, so that
 boards, alerts and benchmarks made for vLLM work as they are).
 
-Nothing is kept here: each scrape reads the scheduler's, the speculation's and `RequestStats`' counters as they stand. So the engine pays
-nothing for being watched, gauges can't be left behind by a request that went wrong, and two servers in one process share
-no registry. Before the model is loaded, and after the engine has died, what is known of the process is still told.
+Next to nothing is kept here: each scrape reads the scheduler's, the speculation's and `RequestStats`' counters as they stand. So the
+engine pays nothing for being watched, gauges can't be left behind by a request that went wrong, and two servers in one process
+share no registry. Before the model is loaded, and after the engine has died, what is known of the process is still told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -19,6 +20,8 @@ from starlette.responses import Response
 
 from minfer.engine.async_llm import AsyncLLM
 from minfer.engine.stats import Histogram, RequestStats
+from minfer.server.admission import Admission
+from minfer.server.records import RequestRecord
 from minfer.server.slot import ModelSlot
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # what every Prometheus reads; OpenMetrics forbids vLLM's names
@@ -26,8 +29,19 @@ LABELS = ("model_name", "engine")  # vLLM's; there is one engine
 STEP_PARTS = ("schedule", "build", "forward", "sample", "update")
 
 
-def add_metrics_route(app: FastAPI, slot: ModelSlot, prefix: str) -> None:
+class HttpCounts:
+    """A listener that counts requests by method, route and status: a few dozen numbers, whatever is sent."""
+
+    def __init__(self) -> None:
+        self.by: Counter[tuple[str, ...]] = Counter()
+
+    def __call__(self, record: RequestRecord) -> None:
+        self.by[record.method, record.route, str(record.status)] += 1
+
+
+def add_metrics_route(app: FastAPI, slot: ModelSlot, prefix: str, admission: Admission, counts: HttpCounts) -> None:
     registry = CollectorRegistry()
+    registry.register(ServerCollector(slot, prefix, admission, counts))
     registry.register(EngineCollector(slot, prefix))
     ProcessCollector(registry=registry)
 
@@ -36,19 +50,71 @@ def add_metrics_route(app: FastAPI, slot: ModelSlot, prefix: str) -> None:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE)
 
 
-class EngineCollector(Collector):
-    """Makes all metrics anew at each scrape."""
+class _Families(Collector):
+    """How metrics are named and labelled. They are made anew at each scrape."""
 
     def __init__(self, slot: ModelSlot, prefix: str) -> None:
         self.slot = slot
         self.prefix = prefix
 
+    def _gauge(self, name: str, help_text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(self._name(name), help_text, labels=LABELS)
+        family.add_metric(self._labels(), value)
+        return family
+
+    def _counter(self, name: str, help_text: str, value: float) -> Metric:
+        """The text format adds `_total` to the name."""
+        family = CounterMetricFamily(self._name(name), help_text, labels=LABELS)
+        family.add_metric(self._labels(), value)
+        return family
+
+    def _counter_by(self, labels: Sequence[str], name: str, help_text: str, values: Mapping[tuple[str, ...], float]) -> Metric:
+        """One counter for each combination of values of `labels`."""
+        family = CounterMetricFamily(self._name(name), help_text, labels=[*LABELS, *labels])
+        for which, value in values.items():
+            family.add_metric([*self._labels(), *which], value)
+        return family
+
+    def _histogram(self, name: str, help_text: str, histogram: Histogram) -> Metric:
+        counts, total = list(histogram.counts), 0
+        buckets: list[tuple[str, float]] = []
+        for bound, count in zip((*histogram.bounds, float("inf")), counts, strict=True):
+            total += count
+            buckets.append((floatToGoString(bound), total))
+        family = HistogramMetricFamily(self._name(name), help_text, labels=LABELS)
+        family.add_metric(self._labels(), buckets, histogram.sum)
+        return family
+
+    def _name(self, name: str) -> str:
+        return f"{self.prefix}:{name}"
+
+    def _labels(self) -> list[str]:
+        return [self.slot.name, "0"]
+
+
+class ServerCollector(_Families):
+    """What the HTTP side counts, from the first moment on."""
+
+    def __init__(self, slot: ModelSlot, prefix: str, admission: Admission, counts: HttpCounts) -> None:
+        super().__init__(slot, prefix)
+        self.admission = admission
+        self.counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        answered = dict(self.counts.by)  # a copy in one step: this is called in a thread
+        yield self._counter_by(("method", "handler", "status"), "http_requests", "HTTP requests that are over.", answered)
+        yield self._counter_by(("reason",), "requests_refused", "Requests sent away with 429, by why.", _keyed(self.admission.refused))
+        yield self._gauge("requests_in_flight", "Sequences that hold a place in the queue, or run.", self.admission.in_flight)
+
+
+class EngineCollector(_Families):
     def collect(self) -> Iterator[Metric]:
         llm = self.slot.llm
         if llm is None:
             return
         yield from self._gauges(llm)
         yield from self._counters(llm)
+        yield from self._guided(llm)
         yield from self._speculation(llm)
         for name, help_text, histogram in histograms(llm.stats):
             yield self._histogram(name, help_text, histogram)
@@ -77,10 +143,20 @@ class EngineCollector(Collector):
         yield self._counter("prompt_tokens", "Prompt tokens of the sequences that were begun.", stats.num_prompt_tokens)
         yield self._counter("prompt_tokens_cached", "Prompt tokens whose KV was there already.", stats.num_cached_tokens)
         yield self._counter("generation_tokens", "Tokens generated.", stats.num_output_tokens)
-        yield self._counter_by("finished_reason", "request_success", "Sequences that ended, by how.", stats.ended_by)
+        yield self._counter_by(("finished_reason",), "request_success", "Sequences that ended, by how.", _keyed(stats.ended_by))
         yield self._counter("engine_steps", "Steps of the engine's loop.", times.steps)
         seconds = {part: getattr(times, part) for part in STEP_PARTS}
-        yield self._counter_by("part", "engine_step_seconds", "Seconds spent in each part of the engine's loop.", seconds)
+        yield self._counter_by(("part",), "engine_step_seconds", "Seconds spent in each part of the engine's loop.", _keyed(seconds))
+
+    def _guided(self, llm: AsyncLLM) -> Iterator[Metric]:
+        """minfer's own: what structured output costs, and what it spares."""
+        masks, grammars, forced = llm.engine.grammar_masks, llm.engine.inputs.grammars, llm.engine.core.forced
+        yield self._counter("guided_grammars_compiled", "Schemas and grammars that were compiled.", grammars.num_compiled)
+        yield self._counter("guided_grammars_reused", "Requests whose grammar was there already.", grammars.num_reused)
+        yield self._counter("guided_masks", "Rows of logits that were masked by a grammar.", masks.num_masks)
+        yield self._counter("guided_mask_seconds", "Seconds that it took.", masks.seconds)
+        stood = 0 if forced is None else forced.stats.num_accepted_tokens
+        yield self._counter("guided_forced_tokens", "Tokens that a grammar forced, generated without a step of their own.", stood)
 
     def _speculation(self, llm: AsyncLLM) -> Iterator[Metric]:
         """Only where tokens are guessed ahead: vLLM's benchmark takes the names' presence for "speculation is on"."""
@@ -91,44 +167,15 @@ class EngineCollector(Collector):
         yield self._counter("spec_decode_num_draft_tokens", "Tokens guessed and checked.", stats.num_draft_tokens)
         yield self._counter("spec_decode_num_accepted_tokens", "Guessed tokens that were right.", stats.num_accepted_tokens)
         at = {str(depth): count for depth, count in enumerate(stats.accepted_at)}
-        yield self._counter_by("position", "spec_decode_num_accepted_tokens_per_pos", "Right guesses by their place in the draft.", at)
+        name = "spec_decode_num_accepted_tokens_per_pos"
+        yield self._counter_by(("position",), name, "Right guesses by their place in the draft.", _keyed(at))
         yield self._gauge("spec_decode_mean_accepted_length", "Tokens of a step that brought drafts.", stats.mean_accepted_length)
         gained = "Seconds that right guesses saved, less what all guesses cost, at measured prices."
         yield self._gauge("spec_decode_seconds_gained", gained, stats.seconds_gained)
 
-    def _gauge(self, name: str, help_text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(self._name(name), help_text, labels=LABELS)
-        family.add_metric(self._labels(), value)
-        return family
 
-    def _counter(self, name: str, help_text: str, value: float) -> Metric:
-        """The text format adds `_total` to the name."""
-        family = CounterMetricFamily(self._name(name), help_text, labels=LABELS)
-        family.add_metric(self._labels(), value)
-        return family
-
-    def _counter_by(self, label: str, name: str, help_text: str, values: Mapping[str, float]) -> Metric:
-        """One counter for each value of `label`."""
-        family = CounterMetricFamily(self._name(name), help_text, labels=[*LABELS, label])
-        for which, value in values.items():
-            family.add_metric([*self._labels(), which], value)
-        return family
-
-    def _histogram(self, name: str, help_text: str, histogram: Histogram) -> Metric:
-        counts, total = list(histogram.counts), 0
-        buckets: list[tuple[str, float]] = []
-        for bound, count in zip((*histogram.bounds, float("inf")), counts, strict=True):
-            total += count
-            buckets.append((floatToGoString(bound), total))
-        family = HistogramMetricFamily(self._name(name), help_text, labels=LABELS)
-        family.add_metric(self._labels(), buckets, histogram.sum)
-        return family
-
-    def _name(self, name: str) -> str:
-        return f"{self.prefix}:{name}"
-
-    def _labels(self) -> list[str]:
-        return [self.slot.name, "0"]
+def _keyed(values: Mapping[str, float]) -> dict[tuple[str, ...], float]:
+    return {(name,): value for name, value in values.items()}
 
 
 def histograms(stats: RequestStats) -> list[tuple[str, str, Histogram]]:

@@ -1,4 +1,4 @@
-"""What every request passes on its way in: an id, the API key, and limits on its headers and its body.
+"""What every request passes on its way in: the API key, and limits on its headers and its body.
 
 Plain ASGI classes. Starlette's convenience class puts a queue between the route and the socket, which costs time for each
 streamed token and hides a client that leaves.
@@ -7,52 +7,18 @@ streamed token and hides a client that leaves.
 from __future__ import annotations
 
 import asyncio
-import re
-import uuid
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from minfer.server.errors import ApiError, as_api_error
+from minfer.server.errors import ApiError
 from minfer.server.keys import ApiKeys
 from minfer.server.page import PAGE_PATHS
 
-# Ids end up in logs and headers: short, printable, no spaces.
-_SAFE_ID = re.compile(r"[!-~]{1,128}")
 PUBLIC_PATHS = frozenset({"/health", "/ping"}) | PAGE_PATHS
 # A browser sends about 20 headers of 2 KiB in all, an SDK fewer.
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32768
-
-
-class RequestId:
-    """Echoes `x-request-id`, or makes one up; and is the last resort for errors, so that these carry it too."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
-        started = False
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
-
-        try:
-            await self.app(scope, receive, send_with_id)
-        except Exception as error:
-            answer = as_api_error(error).response()
-            if not started:
-                await answer(scope, receive, send_with_id)
 
 
 class ApiKey:

@@ -11,6 +11,7 @@ from minfer.config import option
 from minfer.errors import ConfigError
 
 MetricsCompat = Literal["minfer", "vllm"]
+LogFormat = Literal["text", "json"]
 GenerationConfigUse = Literal["auto", "none"]
 
 
@@ -49,6 +50,10 @@ class ServerOptions:
         "Longest that one step may take before the server fails its requests and exits, for a supervisor to restart it (0: no limit).",
     )
     metrics_compat: MetricsCompat = option("minfer", "Prefix of the names in /metrics; vllm makes boards and tools made for vLLM work.")
+    log_format: LogFormat = option("text", "Form of the log on stderr: text, or json with one object a line. -v shows every request.")
+    otlp_traces_endpoint: str | None = option(
+        None, "URL of an OpenTelemetry collector (OTLP over HTTP, as http://host:4318/v1/traces) that gets a span for each request."
+    )
     ping_seconds: float = option(15.0, "Silence on a stream after which a comment is sent, so that proxies keep it open.")
 
     def __post_init__(self) -> None:
@@ -63,7 +68,8 @@ class ServerOptions:
             raise ConfigError("tls_cert and tls_key need each other: give both, or neither")
         if self.served_model_name == "":
             raise ConfigError("served_model_name must not be empty")
-        for name, choices in (("metrics_compat", get_args(MetricsCompat)), ("generation_config", get_args(GenerationConfigUse))):
+        for name, kind in (("metrics_compat", MetricsCompat), ("generation_config", GenerationConfigUse), ("log_format", LogFormat)):
+            choices = get_args(kind)
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         for name in ("max_body_bytes", "max_request_tokens", "max_request_sequences", "max_messages", "requests_per_minute"):

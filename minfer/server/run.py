@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -32,11 +32,14 @@ from minfer.sampling_params import SamplingParams
 from minfer.server.app import create_app
 from minfer.server.job import sampling_defaults
 from minfer.server.keys import ApiKeys, load_keys
+from minfer.server.log import log_format
 from minfer.server.options import ServerOptions
+from minfer.server.records import Listener
 from minfer.server.registry import announce, withdraw
 from minfer.server.slot import ModelSlot
 from minfer.server.sockets import bind, protocol, tls_settings
 from minfer.server.startup import base_url, exposure_warning, facts, first_screen
+from minfer.server.tracing import request_spans
 
 logger = logging.getLogger("minfer.server")
 
@@ -47,11 +50,16 @@ LAST_WORDS_SECONDS = 5.0  # for errors to reach clients, after draining or after
 
 def run_server(config: EngineConfig, options: ServerOptions) -> None:
     """See `minfer.server.serve`."""
+    with log_format(options.log_format), request_spans(options.otlp_traces_endpoint, options.served_model_name or config.model) as spans:
+        _run(config, options, spans)
+
+
+def _run(config: EngineConfig, options: ServerOptions, listeners: Sequence[Listener]) -> None:
     slot = ModelSlot(config.model, options)
     keys = load_keys(options)
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(slot, options, keys),
+            create_app(slot, options, keys, listeners),
             **tls_settings(options),
             http=protocol(options),
             log_config=None,

@@ -43,7 +43,7 @@ def test_seats_and_queue_are_the_places_and_leaving_gives_them_back() -> None:
     for ticket in tickets[1:3]:
         ticket.leave()
     refusal(admission)
-    assert admission.refused == 2
+    assert admission.refused == {"overloaded": 2, "rate_limit_exceeded": 0}
 
 
 def test_an_empty_server_takes_any_request() -> None:

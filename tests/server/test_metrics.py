@@ -145,7 +145,11 @@ def test_answers_while_loading_and_asks_for_the_key(serve: Any) -> None:
         assert client.get("/metrics").status_code == 401
         now = scrape(client, authorization="Bearer secret")
         assert ("process_resident_memory_bytes", frozenset()) in now
-        assert not any(name.startswith("minfer:") for name, _ in now)
+        assert {name for name, _ in now if name.startswith("minfer:")} == {
+            "minfer:http_requests_total",
+            "minfer:requests_refused_total",
+            "minfer:requests_in_flight",
+        }, "what HTTP has seen so far; of the engine there is nothing to tell"
 
 
 def test_the_grafana_board_asks_for_what_exists(serve: Any, tiny_llama: Path) -> None:
