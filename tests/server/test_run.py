@@ -86,7 +86,7 @@ def test_draining_has_a_limit(start: Callable[..., Process], tiny_llama: Path) -
 def test_a_signal_while_loading(start: Callable[..., Process], tiny_llama: Path) -> None:
     server = start(tiny_llama, load_seconds=60)
     server.wait_for("answers 503")
-    assert server.end(seconds=10) == 0, server.log
+    assert server.end() == 0, server.log
 
 
 def test_a_model_that_can_not_be_loaded(start: Callable[..., Process], tmp_path: Path) -> None:
