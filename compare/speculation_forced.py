@@ -36,8 +36,8 @@ class Forced:
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         self.inner.copy_blocks(copies)
 
-    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[Sequence[torch.Tensor]]) -> None:
-        self.inner.follow(scheduled, states)
+    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[torch.Tensor], rows: Sequence[Sequence[int]]) -> None:
+        self.inner.follow(scheduled, states, rows)
 
     def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int]]:
         if self.rate is None:

@@ -44,7 +44,7 @@ class DraftModelProposer:
         self._shares_cache = shares_cache
         self._computed: dict[Request, int] = {}  # tokens of each followed request that the draft's KV holds
 
-    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[Sequence[torch.Tensor]]) -> None:
+    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[torch.Tensor], rows: Sequence[Sequence[int]]) -> None:
         if self._shares_cache:
             self._computed = {item.request: item.request.num_computed_tokens for item in scheduled}
             return

@@ -19,7 +19,7 @@ only, so a branch is one token long; for longer ones the head would have to run 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -41,13 +41,20 @@ Widen = Callable[[torch.Tensor], torch.Tensor]  # [S, Vd] -> [S, V] over the tar
 
 @dataclass(slots=True)
 class _Waiting:
-    """Pairs `start`, `start` + 1, ... of a request that are not in the KV yet; by step, the target's states side by side: [n, F * H]."""
+    """Pairs `start`, `start` + 1, ... of a request that are not in the KV yet; by step, the target's states side by side, [T, F * H], and
+    which rows are this request's. They are cut out only when they are needed: most requests of most steps end here.
+    """
 
     start: int
-    steps: list[torch.Tensor]
+    steps: list[tuple[torch.Tensor, Sequence[int]]] = field(default_factory=list)
+    count: int = 0
 
-    def __len__(self) -> int:
-        return sum(map(len, self.steps))
+    def add(self, states: torch.Tensor, rows: Sequence[int]) -> None:
+        self.steps.append((states, rows))
+        self.count += len(rows)
+
+    def states(self) -> list[torch.Tensor]:
+        return [states[rows.start : rows.stop] if isinstance(rows, range) else states[rows] for states, rows in self.steps]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +95,21 @@ class EagleProposer:
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         self._cache.copy_blocks(copies)
 
-    @torch.inference_mode()
-    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[Sequence[torch.Tensor]]) -> None:
+    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[torch.Tensor], rows: Sequence[Sequence[int]]) -> None:
         known, self._waiting = self._waiting, {}
-        for item, layers in zip(scheduled, states, strict=True):
-            kept = item.request.num_computed_tokens - item.start
+        side_by_side = torch.cat(list(states), -1)
+        for item, own in zip(scheduled, rows, strict=True):
             waiting = known.get(item.request)
-            if waiting is None or waiting.start + len(waiting) != item.start:
-                waiting = _Waiting(item.start, [])  # new here, or back after a preemption; a cached prefix brought its KV along
-            waiting.steps.append(torch.cat([layer[:kept] for layer in layers], -1))
+            if waiting is None or waiting.start + waiting.count != item.start:
+                waiting = _Waiting(item.start)  # new here, or back after a preemption; a cached prefix brought its KV along
+            waiting.add(side_by_side, own)
             self._waiting[item.request] = waiting
-        self._bring_in([item.request for item in scheduled if self._must_not_wait(item)])
+        due = [item.request for item in scheduled if self._must_not_wait(item)]
+        if due:
+            self._bring_in(due)
 
     def _must_not_wait(self, item: ScheduledRequest) -> bool:
-        return item.start < item.request.num_prompt_tokens or len(self._waiting[item.request]) > LONGEST_WAIT
+        return item.start < item.request.num_prompt_tokens or self._waiting[item.request].count > LONGEST_WAIT
 
     @torch.inference_mode()
     def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int] | DraftTree]:
@@ -110,7 +118,7 @@ class EagleProposer:
         limits = [min(count, held - request.num_tokens + 2) for request, count, held in zip(requests, counts, room, strict=True)]
         sketches = [Sketch(limit, least) for limit in limits]
         going = [index for index, sketch in enumerate(sketches) if sketch.wants_more]
-        if sum(len(self._waiting[requests[index]]) for index in going) > self._max_tokens:
+        if sum(self._waiting[requests[index]].count for index in going) > self._max_tokens:
             self._bring_in([requests[index] for index in going])
         spans, state = self._begin([requests[index] for index in going])
         while going:
@@ -129,9 +137,9 @@ class EagleProposer:
         if not requests:
             return [], torch.empty(0)
         spans = [_span(request, self._waiting[request]) for request in requests]
-        state = self._head.states(torch.cat([step for request in requests for step in self._waiting[request].steps]))
+        state = self._head.states(torch.cat([step for request in requests for step in self._waiting[request].states()]))
         for request in requests:
-            self._waiting[request] = _Waiting(request.num_computed_tokens, [])
+            self._waiting[request] = _Waiting(request.num_computed_tokens)
         return spans, state
 
     def _guess(self, guesses: torch.Tensor, requests: Sequence[Request], sketches: Sequence[Sketch]) -> None:
@@ -154,6 +162,7 @@ class EagleProposer:
             return guesses, state
         return guesses.index_select(0, batch.logits_at), state.index_select(0, batch.logits_at)
 
+    @torch.inference_mode()
     def _bring_in(self, requests: Sequence[Request]) -> None:
         """Computes the KV of all waiting pairs of these but the last, which makes the next draft."""
         spans: list[RowSpan] = []
@@ -161,7 +170,7 @@ class EagleProposer:
         size = 0
         for request in requests:
             waiting = self._waiting[request]
-            rows = torch.cat(waiting.steps)
+            rows = torch.cat(waiting.states())
             tokens, last = _tokens(request, waiting), len(rows) - 1
             at = 0
             while at < last:
@@ -173,17 +182,18 @@ class EagleProposer:
                     self._run(spans, self._head.states(torch.cat(states)))
                     spans, states, size = [], [], 0
             if last > 0:
-                self._waiting[request] = _Waiting(waiting.start + last, [rows[last:].clone()])
+                self._waiting[request] = left = _Waiting(waiting.start + last)
+                left.add(rows[last:].clone(), range(1))
         if spans:
             self._run(spans, self._head.states(torch.cat(states)))
 
 
 def _tokens(request: Request, waiting: _Waiting) -> list[int]:
-    return request.token_ids[waiting.start + 1 : waiting.start + 1 + len(waiting)]
+    return request.token_ids[waiting.start + 1 : waiting.start + 1 + waiting.count]
 
 
 def _span(request: Request, waiting: _Waiting) -> RowSpan:
-    return RowSpan(_Blocks(request.blocks, []), waiting.start, len(waiting), 1, _tokens(request, waiting))
+    return RowSpan(_Blocks(request.blocks, []), waiting.start, waiting.count, 1, _tokens(request, waiting))
 
 
 def _next_span(request: Request, drafts: list[int]) -> RowSpan:

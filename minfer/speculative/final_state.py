@@ -30,23 +30,22 @@ class _FinalStateProposer:
     def __init__(self, sampler: Sampler, widen: Widen, token_ids: torch.Tensor | None, deepest: int | None, top_k: int) -> None:
         self._sampler, self._widen, self._token_ids = sampler, widen, token_ids
         self._deepest, self._top_k = deepest, top_k
-        self._states: dict[Request, torch.Tensor] = {}  # [H] each
+        self._step = torch.empty(0)  # the states of the last step, [T, H]
+        self._rows: dict[Request, int] = {}  # which of them is a request's newest
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """These heads have no KV."""
 
-    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[Sequence[torch.Tensor]]) -> None:
-        self._states = {
-            item.request: rows[0][item.request.num_computed_tokens - item.start - 1].clone()
-            for item, rows in zip(scheduled, states, strict=True)
-        }
+    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[torch.Tensor], rows: Sequence[Sequence[int]]) -> None:
+        self._step = states[0].clone()
+        self._rows = {item.request: own[-1] for item, own in zip(scheduled, rows, strict=True)}
 
     @torch.inference_mode()
     def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int] | DraftTree]:
         deepest = max(counts, default=0) if self._deepest is None else self._deepest
         sketches = [Sketch(min(count, deepest), least) for count in counts]
         going = [index for index, sketch in enumerate(sketches) if sketch.wants_more]
-        state = torch.stack([self._states[requests[index]] for index in going]) if going else torch.empty(0)
+        state = self._step[[self._rows[requests[index]] for index in going]]
         memory = torch.zeros_like(state)
         depth = 0
         while going:

@@ -82,7 +82,7 @@ class NgramProposer:
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Text has no blocks."""
 
-    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[Sequence[torch.Tensor]]) -> None:
+    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[torch.Tensor], rows: Sequence[Sequence[int]]) -> None:
         known = self._indices
         self._indices = {item.request: known.get(item.request) or NgramIndex(item.request.token_ids, self.min_match) for item in scheduled}
 

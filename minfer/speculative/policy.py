@@ -41,7 +41,8 @@ class Line:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
         self.slope: float | None = None  # unknown while one count only was seen; after that the last one known
 
-    def observe(self, count: int, seconds: float) -> None:
+    def observe(self, count: int, seconds: float) -> float:
+        """Returns the seconds that count."""
         if self.slope is not None and self.at(count) > 0:
             seconds = min(seconds, OUTLIER * self.at(count))
         self._weight = self._weight * FORGET + 1
@@ -53,6 +54,7 @@ class Line:
         variance = self._xx / self._weight - mean**2
         if variance > 0.01:
             self.slope = (self._xy / self._weight - mean * self._y / self._weight) / variance
+        return seconds
 
     def at(self, count: float) -> float:
         """Seconds for so many; the mean of what was seen while the slope is unknown, and 0 before anything was."""
@@ -67,18 +69,26 @@ class CostModel:
     def __init__(self) -> None:
         self.steps, self.making = Line(), Line()
         self._in_vain = 0.0
+        self._warm = False
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """A step of nothing but newest tokens and drafts took so long."""
         self.steps.observe(num_tokens, seconds)
 
-    def made(self, num_drafts: int, seconds: float) -> None:
-        """Making so many drafts took so long. What led to none is part of the price of the next."""
+    def made(self, num_drafts: int, seconds: float) -> float:
+        """Making so many drafts took so long; returns what they cost. What led to none is part of the price of the next.
+
+        The first drafts of an engine say nothing: memory is touched for the first time, and libraries are loaded.
+        """
+        if not self._warm:
+            self._warm = num_drafts > 0
+            return 0.0
         if not num_drafts:
             self._in_vain += seconds
-            return
-        self.making.observe(num_drafts, seconds + self._in_vain)
+            return 0.0
+        seconds = self.making.observe(num_drafts, seconds + self._in_vain)
         self._in_vain = 0.0
+        return seconds
 
     @property
     def check(self) -> float:

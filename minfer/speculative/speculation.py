@@ -31,11 +31,11 @@ class Proposer(Protocol):
         """The step about to run copies these blocks, (from, to), of the KV cache."""
         ...
 
-    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[Sequence[torch.Tensor]]) -> None:
+    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[torch.Tensor], rows: Sequence[Sequence[int]]) -> None:
         """A step over these has run, and they have moved on; requests that aren't among them are over or preempted.
 
-        `states[i]` holds, for each of `after`, a row for each of the tokens that `scheduled[i]` computed, [n, H]: those that stand,
-        and then rejected drafts, if any. They may be views that the next step overwrites.
+        `states` holds, for each of `after`, a row for each token of the step, [T, H], which the next step overwrites; `rows[i]` are the
+        rows of what `scheduled[i]` has moved on by, in order: its tokens and the drafts that stand.
         """
         ...
 
@@ -102,25 +102,30 @@ class Speculation:
 
         `states`: what the proposer asked to see of the step's tokens, [T, H] each. `settled` requests have their drafts already.
         """
-        rows = [state.split([item.num_new_tokens for item in scheduled]) for state in states]
-        generating = (item.request.status is RequestStatus.RUNNING and item.request.pooling is None for item in scheduled)
-        running = [index for index, going_on in enumerate(generating) if going_on]
-        going_on = [scheduled[index] for index in running]
         started = time.perf_counter()
-        self.proposer.follow(going_on, [[_standing(state[index], scheduled[index]) for state in rows] for index in running])
+        going_on: list[ScheduledRequest] = []
+        rows: list[Sequence[int]] = []
+        first = 0
+        for item in scheduled:
+            if item.request.status is RequestStatus.RUNNING and item.request.pooling is None:
+                going_on.append(item)
+                rows.append(_standing(item, first))
+            first += item.num_new_tokens
+        self.proposer.follow(going_on, states, rows)
         known = self._acceptance
         self._acceptance = {item.request: known.get(item.request) or self._usual.heir() for item in going_on}
         ready = [item.request for item in going_on if item.request.num_left == 1 and item.request not in settled]
         counts = self._counts(ready)
         asked = [(request, count) for request, count in zip(ready, counts, strict=True) if count]
-        if asked:
-            self._propose(asked)
+        following = time.perf_counter() - started
+        price = self._propose(asked) if asked else 0.0
         self._since_plain = self._since_plain + 1 if any(request.draft_token_ids for request in ready) else 0
         # A prompt's share of the proposer's work belongs to the prompt, and is no loss to decoding.
         if all(item.start >= item.request.num_prompt_tokens for item in scheduled):
-            self._pay(time.perf_counter() - started)
+            self._pay(following + price)
 
-    def _propose(self, asked: Sequence[tuple[Request, int]]) -> None:
+    def _propose(self, asked: Sequence[tuple[Request, int]]) -> float:
+        """The requests' drafts; returns what they cost."""
         started = time.perf_counter()
         least = MARGIN * self.costs.check / self._worth if self.adaptive and self._worth else 0.0
         proposed = self.proposer.propose([request for request, _ in asked], [count for _, count in asked], least)
@@ -129,7 +134,8 @@ class Speculation:
                 request.draft_token_ids, request.draft_parents = drafts.tokens, drafts.parents
             else:
                 request.draft_token_ids, request.draft_parents = drafts, []
-        self.costs.made(sum(len(request.draft_token_ids) for request, _ in asked), time.perf_counter() - started)
+        made = sum(len(request.draft_token_ids) for request, _ in asked)
+        return self.costs.made(made, time.perf_counter() - started)
 
     def verified(self, item: ScheduledRequest) -> None:
         """The model has looked at the drafts of `item` and kept some."""
@@ -166,9 +172,9 @@ class Speculation:
         return draft_lengths(rates, self.costs, self.num_draft_tokens, self.account.seconds or 0.0)
 
 
-def _standing(rows: torch.Tensor, item: ScheduledRequest) -> torch.Tensor:
-    """The rows of an item's tokens with those of its right drafts in order, also where they branched off."""
-    if all(number == depth for depth, number in enumerate(item.kept, 1)):
-        return rows
-    first = item.num_new_tokens - len(item.drafts)  # tokens that were no drafts
-    return rows[[*range(first), *(first - 1 + number for number in item.kept)]]
+def _standing(item: ScheduledRequest, first: int) -> Sequence[int]:
+    """The rows of an item's tokens and of its right drafts, which may have branched off; its first token has the row `first`."""
+    own = first + item.num_new_tokens - len(item.drafts)
+    if not item.kept or item.kept[-1] == len(item.kept):
+        return range(first, own + len(item.kept))
+    return [*range(first, own), *(own - 1 + number for number in item.kept)]

@@ -40,12 +40,12 @@ class Collector:
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """States are kept by request, not by block."""
 
-    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[Sequence[torch.Tensor]]) -> None:
-        for item, rows in zip(scheduled, states, strict=True):
+    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[torch.Tensor], rows: Sequence[Sequence[int]]) -> None:
+        for item, own in zip(scheduled, rows, strict=True):
             kept = self._rows.setdefault(item.request, [])
             if item.start == 0:
                 kept.clear()  # new, or preempted and begun again
-            kept.append([state.to(torch.bfloat16, copy=True).cpu() for state in rows])
+            kept.append([state[own[0] : own[-1] + 1].to(torch.bfloat16, copy=True).cpu() for state in states])
 
     def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int]]:
         return [[] for _ in requests]

@@ -219,7 +219,7 @@ class Oracle:
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None: ...
 
-    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[Sequence[torch.Tensor]]) -> None: ...
+    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[torch.Tensor], rows: Sequence[Sequence[int]]) -> None: ...
 
     def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int]]:
         if self.kind == "hostile":  # ends of text, padding ids, ids beside the grammar, more of them than there is room for
@@ -293,11 +293,11 @@ class Witness(Oracle):
         super().__init__(truth, kind)
         self.seen: dict[int, list[torch.Tensor]] = {}
 
-    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[Sequence[torch.Tensor]]) -> None:
-        for item, rows in zip(scheduled, states, strict=True):
-            assert [len(state) for state in rows] == [item.num_new_tokens] * 2
-            for index in range(item.request.num_computed_tokens - item.start):
-                self.seen[item.start + index] = [state[index].clone() for state in rows]
+    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[torch.Tensor], rows: Sequence[Sequence[int]]) -> None:
+        for item, own in zip(scheduled, rows, strict=True):
+            assert len(own) == item.request.num_computed_tokens - item.start
+            for index, row in enumerate(own):
+                self.seen[item.start + index] = [state[row].clone() for state in states]
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
