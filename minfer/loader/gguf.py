@@ -12,6 +12,7 @@ come out as nonsense in every engine that goes by the architecture.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ from minfer.loader.hf_config import build_config
 from minfer.quant import PackedWeight
 from minfer.quant.gguf import unpack_gguf
 
+logger = logging.getLogger("minfer.load")
 FREQ_FACTORS = "rope_freqs.weight"
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHUNK_ELEMENTS = 2**20  # dequantised at once: small beside a matrix, large beside the per-call cost of numpy
@@ -48,6 +50,7 @@ class GGUFCheckpoint(Checkpoint):
         config = _config(header, types, source.path)
         self._interleaved = header.metadata["general.architecture"] == "llama"
         self._main_type = _main_type(header, types)
+        self._dequantized: set[str] = set()  # types that this was said of
         self._tensors = _by_hf_name(header)
         found = {name: TensorInfo(t.shape, types[t.type_id], t.num_bytes, t.file) for name, t in self._tensors.items()}
         super().__init__(
@@ -68,6 +71,10 @@ class GGUFCheckpoint(Checkpoint):
         if len(tensor.shape) != 2 or dtype in PLAIN:
             return None
         packed = unpack_gguf(dtype, _map(tensor, tensor.shape[0]))
+        if packed is None and dtype not in self._dequantized:
+            self._dequantized.add(dtype)
+            bits = 8 * tensor.num_bytes / math.prod(tensor.shape)
+            logger.warning("no kernel runs %s: such matrices are dequantised, to 16 bits a weight or more instead of %.3g", dtype, bits)
         order = self._row_order(name, tensor)
         return packed if packed is None or order is None else packed.rows(torch.from_numpy(order))
 

@@ -16,14 +16,16 @@ sixteen sub-blocks (the K-quants). Layouts are those of ggml-common.h:
     IQ4_NL 18 B / 32    d f16, 16 B as above, indices of a table of int8       w = d table[q]
     IQ4_XS 136 B / 256  d f16, 2 + 4 B of 6-bit scales, 128 B of indices       w = d (s - 32) table[q]
     MXFP4  17 B / 32    power of two e, 16 B: E2M1 values, doubled             w = 2^(e - 128) table[q]
+    NVFP4  36 B / 64    4 x E4M3 scales d, 4 x 8 B: as above, of 16 values     w = d / 2 table[q]
 
 Five- and six-bit codes become int8 codes: one byte each, but the products run at int8 speed and nothing is lost;
-two and three bits become int4's. Q2_K, Q3_K and Q6_K have groups of 16, all others groups of 32. Types that have no such form
-(the smaller IQ types index vectors, the TQ types hold three values a digit) are dequantised by the loader instead.
+two and three bits become int4's. Q2_K, Q3_K, Q6_K and NVFP4 have groups of 16, all others groups of 32. The types whose codes index
+vectors, and those to base three, become 4-bit codes as well: gguf_vectors.py.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -31,6 +33,7 @@ import numpy.typing as npt
 import torch
 
 from minfer.quant.elements import Element
+from minfer.quant.gguf_vectors import VECTOR_TYPES
 from minfer.quant.packed import PackedWeight, QuantScheme
 
 Bytes = npt.NDArray[np.uint8]
@@ -38,23 +41,21 @@ Codes = npt.NDArray[np.int8]
 Floats = npt.NDArray[np.float32]
 Unpacked = tuple[Codes, Floats, Floats | None]  # codes [B, n], scales and minima [B, n / group], for B blocks of n values
 
-LEVELS = {
-    "IQ4": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
-    "MXFP4": (0, 1, 2, 3, 4, 6, 8, 12, -0.0, -1, -2, -3, -4, -6, -8, -12),  # E2M1, doubled as ggml has it
-}
+IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, -0.0, -1, -2, -3, -4, -6, -8, -12)  # doubled, as ggml has it
 
 
 def unpack_gguf(kind: str, data: Bytes) -> PackedWeight | None:
     """`data` is a matrix as it lies in the file, [N, bytes of a row]; `kind` a type's name. None for types without this form."""
     if kind not in _TYPES:
         return None
-    block_bytes, element, unpack = _TYPES[kind]
+    block_bytes, element, unpack, table = _TYPES[kind]
     rows = data.shape[0]
     with np.errstate(all="ignore"):  # a scale that isn't finite is the file's own
         codes, scales, mins = unpack(np.ascontiguousarray(data).reshape(-1, block_bytes))
     scheme = QuantScheme(element, codes.shape[1] // scales.shape[1], symmetric=mins is None)
     tensors = [torch.from_numpy(array.reshape(rows, -1)) for array in (codes, scales)]
-    levels = torch.tensor(LEVELS[kind.split("_")[0]], dtype=torch.float32) if element == "table4" else None
+    levels = torch.tensor([*table, *[0] * (16 - len(table))], dtype=torch.float32) if element == "table4" else None
     return PackedWeight(tensors[0], tensors[1], None if mins is None else torch.from_numpy(mins.reshape(rows, -1)), scheme, levels)
 
 
@@ -164,20 +165,33 @@ def _mxfp4(blocks: Bytes) -> Unpacked:
     return _nibbles(blocks[:, 1:]), np.ldexp(np.float32(1), blocks[:, :1].astype(np.int32) - 128), None
 
 
-# Bytes of a block, element of the result, how to take it apart.
-_TYPES: dict[str, tuple[int, Element, Callable[[Bytes], Unpacked]]] = {
-    "Q4_0": (18, "int4", _q4_0),
-    "Q4_1": (20, "int4", _q4_1),
-    "Q5_0": (22, "int8", _q5_0),
-    "Q5_1": (24, "int8", _q5_1),
-    "Q8_0": (34, "int8", _q8_0),
-    "Q2_K": (84, "int4", _q2_k),
-    "Q3_K": (110, "int4", _q3_k),
-    "Q4_K": (144, "int4", _q4_k),
-    "Q5_K": (176, "int8", _q5_k),
-    "Q6_K": (210, "int8", _q6_k),
-    "IQ4_NL": (18, "table4", _iq4_nl),
-    "IQ4_XS": (136, "table4", _iq4_xs),
-    "MXFP4": (17, "table4", _mxfp4),
+def _nvfp4(blocks: Bytes) -> Unpacked:
+    exponents, mantissas = (blocks[:, :4] >> 3 & 15).astype(np.int32), (blocks[:, :4] & 7).astype(np.float32)
+    scales = np.ldexp(np.where(exponents == 0, mantissas, 8 + mantissas), np.maximum(exponents, 1) - 11)
+    scales[(blocks[:, :4] == 0) | (blocks[:, :4] == 0x7F)] = 0
+    codes = blocks[:, 4:].reshape(-1, 4, 8)
+    return np.concatenate((codes & 15, codes >> 4), axis=2).reshape(len(blocks), -1).astype(np.int8), scales, None
+
+
+# Bytes of a block, element of the result, how to take it apart, the table where there is one.
+_TYPES: dict[str, tuple[int, Element, Callable[[Bytes], Unpacked], tuple[float, ...]]] = {
+    "Q4_0": (18, "int4", _q4_0, ()),
+    "Q4_1": (20, "int4", _q4_1, ()),
+    "Q5_0": (22, "int8", _q5_0, ()),
+    "Q5_1": (24, "int8", _q5_1, ()),
+    "Q8_0": (34, "int8", _q8_0, ()),
+    "Q2_K": (84, "int4", _q2_k, ()),
+    "Q3_K": (110, "int4", _q3_k, ()),
+    "Q4_K": (144, "int4", _q4_k, ()),
+    "Q5_K": (176, "int8", _q5_k, ()),
+    "Q6_K": (210, "int8", _q6_k, ()),
+    "IQ4_NL": (18, "table4", _iq4_nl, IQ4),
+    "IQ4_XS": (136, "table4", _iq4_xs, IQ4),
+    "MXFP4": (17, "table4", _mxfp4, E2M1),
+    "NVFP4": (36, "table4", _nvfp4, E2M1),
+}
+_TYPES |= {
+    name: (kind.block_bytes, "table4" if kind.values else "int4", functools.partial(kind.unpack, name), kind.values)
+    for name, kind in VECTOR_TYPES.items()
 }
 PACKED_TYPES = frozenset(_TYPES)

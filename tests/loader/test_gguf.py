@@ -11,12 +11,13 @@ import torch
 from gguf import GGMLQuantizationType
 
 import minfer.loader.gguf
+import minfer.quant.gguf
 from minfer.errors import ModelLoadError
 from minfer.loader import Checkpoint, ModelSource, open_checkpoint
 from minfer.quant import PackedWeight
 
 NOT_QUANTISED = {"F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64"}
-PACKED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")  # kept packed
+PLAIN = ("F32", "F16", "BF16")
 QUANTISED = [t for t in gguf.GGML_QUANT_SIZES if t.name not in NOT_QUANTISED]
 
 
@@ -143,20 +144,10 @@ def test_half_precision_files_keep_their_dtype(
     assert checkpoint.quantization is None
 
 
-@pytest.mark.parametrize("kind", QUANTISED, ids=lambda k: k.name)
-def test_every_quantised_type(
-    write_gguf: Callable[..., Path], tmp_path: Path, kind: GGMLQuantizationType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Random bytes are valid blocks of any type, so no quantiser is needed; the package says what they mean."""
-    monkeypatch.setattr(minfer.loader.gguf, "CHUNK_ELEMENTS", 256 * 48)  # several chunks, the last one short
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    rng = np.random.default_rng(0)
-
-    def packed(rows: int, columns: int) -> tuple[np.ndarray, GGMLQuantizationType]:
-        return rng.integers(0, 256, (rows, columns // block * size), dtype=np.uint8), kind
-
+def one_layer(packed: Callable[[int, int], Any]) -> dict[str, Any]:
+    """The tensors of a model of one layer, whose matrices are `packed(rows, columns)`."""
     layer = "model.layers.0."
-    state = {
+    return {
         "model.embed_tokens.weight": packed(24, 256),
         layer + "input_layernorm.weight": np.ones(256, np.float32),
         layer + "self_attn.q_proj.weight": packed(256, 256),
@@ -169,6 +160,21 @@ def test_every_quantised_type(
         layer + "mlp.down_proj.weight": packed(256, 512),
         "model.norm.weight": np.ones(256, np.float32),
     }
+
+
+@pytest.mark.parametrize("kind", QUANTISED, ids=lambda k: k.name)
+def test_every_quantised_type(
+    write_gguf: Callable[..., Path], tmp_path: Path, kind: GGMLQuantizationType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random bytes are valid blocks of any type, so no quantiser is needed; the package says what they mean."""
+    monkeypatch.setattr(minfer.loader.gguf, "CHUNK_ELEMENTS", 256 * 48)  # several chunks, the last one short
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(0)
+
+    def packed(rows: int, columns: int) -> tuple[np.ndarray, GGMLQuantizationType]:
+        return rng.integers(0, 256, (rows, columns // block * size), dtype=np.uint8), kind
+
+    state = one_layer(packed)
     path = write_gguf(tmp_path / "m.gguf", state, keys={"feed_forward_length": 512})
     if not dequantizable(kind):
         with pytest.raises(ModelLoadError, match=f"{kind.name}, which the gguf package can't dequantise"):
@@ -183,9 +189,21 @@ def test_every_quantised_type(
     assert checkpoint.quantization == kind.name
     assert checkpoint.config.dtype == "bfloat16"
     for name, tensor in checkpoint.tensors(keep_packed=True):  # kept as it is where that is possible: the same values either way
-        assert isinstance(tensor, PackedWeight) == (checkpoint.tensor_infos[name].dtype in PACKED)
+        assert isinstance(tensor, PackedWeight) == (checkpoint.tensor_infos[name].dtype not in PLAIN)
         value = tensor.dequantize() if isinstance(tensor, PackedWeight) else tensor
         assert torch.equal(value.nan_to_num(), checkpoint.read(name).nan_to_num()), name
+
+
+def test_a_type_that_no_kernel_runs_is_said(
+    write_gguf: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As it will be when the gguf package learns a type that is not known here yet: IQ3_S plays one."""
+    monkeypatch.delitem(minfer.quant.gguf._TYPES, "IQ3_S")
+    state = one_layer(lambda rows, columns: (np.ones((rows, columns // 256 * 110), np.uint8), GGMLQuantizationType.IQ3_S))
+    checkpoint = open_file(write_gguf(tmp_path / "m.gguf", state, keys={"feed_forward_length": 512}))
+    assert not any(isinstance(tensor, PackedWeight) for _, tensor in checkpoint.tensors(keep_packed=True))
+    assert caplog.text.count("no kernel runs IQ3_S") == 1
+    assert "to 16 bits a weight or more instead of 3.44" in caplog.text
 
 
 def test_llama3_frequency_factors_and_yarn(gguf_shaped: Callable[..., Path]) -> None:
