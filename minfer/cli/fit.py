@@ -9,7 +9,6 @@ than a tenth is called tight.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,14 +17,12 @@ from minfer.cli.command import command
 from minfer.cli.inspect_model import is_on_disk
 from minfer.cli.options import engine_flags
 from minfer.cli.terminal import Terminal, human_bytes
+from minfer.cli.weight_bytes import weight_bytes
 from minfer.config import EngineConfig
 from minfer.errors import CapacityError, ConfigError
 
 if TYPE_CHECKING:
-    import torch
-
     from minfer.config import ModelConfig
-    from minfer.loader import Checkpoint
 
 TIGHT = 0.9  # of the free memory
 ALTERNATIVES = ("none", "int8", "int4")
@@ -95,25 +92,6 @@ def plan(config: EngineConfig, ctx: int | None, parallel: int) -> dict[str, Any]
             for quant, size in weights.items()
         ],
     }
-
-
-def weight_bytes(checkpoint: Checkpoint, quant: str, dtype: torch.dtype, device: torch.device, config: EngineConfig) -> int:
-    """Bytes of the weights as `--quant` runs them; those that stay as they are, in the model's type.
-
-    The calibrated methods are counted as int4, the form that they end in (smoothquant: int8).
-    """
-    from minfer.loader.quantize_on_load import RECIPES, QuantizedOnLoad
-    from minfer.quant.gguf import PACKED_TYPES
-
-    method = {"awq": "int4", "gptq": "int4", "smoothquant": "int8"}.get(quant, quant)
-    if method in RECIPES and quant not in checkpoint.known_as():
-        checkpoint = QuantizedOnLoad(checkpoint, method, None)
-    packed = quant != "none" and config.backend != "reference" and device.type == "cpu"
-    total = 0
-    for info in checkpoint.tensor_infos.values():
-        stays = packed and len(info.shape) == 2 and (info.dtype in PACKED_TYPES or info.dtype == method)
-        total += info.num_bytes if stays else math.prod(info.shape) * dtype.itemsize
-    return total
 
 
 def _buffer_bytes(config: EngineConfig, model: ModelConfig, parallel: int, itemsize: int) -> int:

@@ -1,19 +1,19 @@
 """`minfer inspect`: what a model is, what it needs, and what fits on this machine, from headers alone.
 
 A model whose weights are not here yet is described from its config file or the table of known shapes; nothing large is ever
-downloaded for this. The memory numbers are those of the engine: weights in the type they run in, and the KV budget that
-`--memory-utilization` or `--kv-cache-memory` gives on the memory that is free now.
+downloaded for this. The memory numbers are those of the engine: weights in the form that `--quant` runs, and the KV budget that
+`--memory-utilization` or `--kv-cache-memory` gives on the memory that is free now, with what each `--kv-cache-dtype` makes of it.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from typing import TYPE_CHECKING, Any
 
 from minfer.cli.command import command
 from minfer.cli.options import engine_flags
 from minfer.cli.terminal import Terminal, human_bytes
+from minfer.cli.weight_bytes import weight_bytes
 from minfer.config import EngineConfig, ModelConfig
 from minfer.errors import ModelLoadError
 
@@ -71,7 +71,10 @@ def is_on_disk(name: str) -> bool:
 
 
 def describe(config: EngineConfig, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Everything that `--json` prints: shapes, bytes, and the longest contexts that fit."""
+    """Everything that `--json` prints: shapes, bytes, and the longest contexts that fit.
+
+    kv_capacity_by_dtype: how many times the tokens that fit where K and V are stored as the model computes.
+    """
     from minfer.kvcache import KVCache, format_of
     from minfer.runner.load import pick_device, pick_dtype, pick_kv_dtype, pick_max_len
 
@@ -81,7 +84,8 @@ def describe(config: EngineConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     max_len = pick_max_len(config, model)
     kv_dtype = pick_kv_dtype(config, dtype)
     per_token = KVCache.token_bytes(model, kv_dtype)
-    fits = _fits(config, _weight_bytes(config, checkpoint, dtype.itemsize, device), per_token, max_len, device)
+    blocks = _block_bytes(config, model)
+    fits = _fits(config, weight_bytes(checkpoint, config.quant, dtype, device, config), per_token, max_len, device)
     return {
         "architecture": model.architecture,
         "parameters": model.num_parameters,
@@ -98,6 +102,7 @@ def describe(config: EngineConfig, checkpoint: Checkpoint) -> dict[str, Any]:
         "max_model_len": max_len,
         "format": summary.format,
         "quantization": summary.quantization,
+        "quant": config.quant,
         "checkpoint_dtype": model.dtype,
         "files": [str(file) for file in summary.files],
         "tensors": summary.num_tensors,
@@ -108,28 +113,17 @@ def describe(config: EngineConfig, checkpoint: Checkpoint) -> dict[str, Any]:
         "kv_cache_dtype": format_of(kv_dtype).name,
         "kv_bytes_per_token": per_token,
         **fits,
-        "kv_tokens_by_dtype": _tokens_by_dtype(config, model, fits["kv_cache_bytes"]),
+        "kv_tokens_by_dtype": {name: fits["kv_cache_bytes"] // block * config.block_size for name, block in blocks.items()},
+        "kv_capacity_by_dtype": {name: KVCache.block_bytes(model, config.block_size, dtype) / block for name, block in blocks.items()},
     }
 
 
-def _tokens_by_dtype(config: EngineConfig, model: ModelConfig, budget: int) -> dict[str, int]:
-    """How many tokens the KV memory holds in each type of `kv_cache_dtype` that this model's head size allows."""
+def _block_bytes(config: EngineConfig, model: ModelConfig) -> dict[str, int]:
+    """What a block takes in each type of `kv_cache_dtype` that this model's head size allows."""
     from minfer.kvcache import FORMATS, KVCache
 
     possible = {name: kind.dtype for name, kind in FORMATS.items() if not (kind.packed and model.head_dim % 2)}
-    return {name: budget // KVCache.block_bytes(model, config.block_size, dtype) * config.block_size for name, dtype in possible.items()}
-
-
-def _weight_bytes(config: EngineConfig, checkpoint: Checkpoint, itemsize: int, device: Any) -> int:
-    """Bytes of the weights once loaded: quantised matrices as in the file where a kernel runs them so, the rest in the model's type."""
-    from minfer.quant.gguf import PACKED_TYPES
-
-    packed = config.quant == "auto" and config.backend != "reference" and device.type == "cpu"
-    total = 0
-    for info in checkpoint.tensor_infos.values():
-        stays = packed and info.dtype in PACKED_TYPES and len(info.shape) == 2
-        total += info.num_bytes if stays else math.prod(info.shape) * itemsize
-    return total
+    return {name: KVCache.block_bytes(model, config.block_size, dtype) for name, dtype in possible.items()}
 
 
 def _fits(config: EngineConfig, weights: int, per_token: int, max_len: int, device: Any) -> dict[str, Any]:
@@ -157,6 +151,7 @@ def _rows(v: dict[str, Any]) -> list[tuple[str, str]]:
     window = f", sliding window {v['sliding_window']}" if v["sliding_window"] else ""
     types = ", ".join(f"{name} {human_bytes(size)}" for name, size in v["disk_bytes_by_dtype"].items())
     contexts = ", ".join(f"{users} x {tokens:,}" for users, tokens in v["max_context_by_users"].items())
+    tokens = [f"{name} {n:,} ({v['kv_capacity_by_dtype'][name]:.2f}x)" for name, n in v["kv_tokens_by_dtype"].items()]
     rows = [
         ("model", v["model"]),
         ("architecture", v["architecture"]),
@@ -169,14 +164,15 @@ def _rows(v: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if v["disk_bytes"] is not None:
         rows.append(("on disk", f"{human_bytes(v['disk_bytes'])} {v['format']} ({types})"))
-    how = " where not quantised" if v["quantization"] else ""
+    kind = {"auto": v["quantization"], "none": None}.get(v["quant"], v["quant"])
+    how = f" where not {kind}" if kind else ""
     fits = "" if v["weights_fit"] else ": does NOT fit"
     return [
         *rows,
         ("weights in memory", f"{human_bytes(v['weights_bytes'])} as {v['dtype']}{how} on {v['device']}{fits}"),
         ("KV per token", f"{human_bytes(v['kv_bytes_per_token'])} as {v['kv_cache_dtype']}"),
         ("free memory", f"{human_bytes(v['free_memory_bytes'])}, of it for the KV cache {human_bytes(v['kv_cache_bytes'])}"),
-        ("tokens that fit", ", ".join(f"{name} {tokens:,}" for name, tokens in v["kv_tokens_by_dtype"].items())),
+        ("tokens that fit", ", ".join(tokens)),
         ("full-length sequences", f"{v['full_length_sequences']:,} at the same time"),
         ("users x context", contexts),
     ]

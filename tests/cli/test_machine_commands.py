@@ -43,6 +43,29 @@ def test_what_is_said_to_fit_can_be_loaded(minfer: Callable, tiny_llama: Path) -
     assert cache.num_blocks * cache.block_size == 2048
 
 
+def test_inspect_says_how_many_times_more_tokens_a_quantised_cache_holds(minfer: Callable, tiny_llama: Path) -> None:
+    """A row of 16 numbers: 64 bytes in float32, 32 in bfloat16, 16 and a scale of 2 in 8 bits, 8 and 2 in int4."""
+    flags = ("--dtype", "float32", "--kv-cache-memory", "1M")
+    values = minfer("inspect", tiny_llama, "--json", *flags).json
+    expected = {"fp32": 1, "bf16": 2, "fp16": 2, "fp8": 64 / 18, "fp8_e5m2": 64 / 18, "int8": 64 / 18, "int4": 64 / 10}
+    assert values["kv_capacity_by_dtype"] == pytest.approx(expected)
+    assert values["kv_tokens_by_dtype"]["int4"] == 2**20 // (16 * 8 * 10) * 16  # of blocks of 16 tokens with 8 rows each
+    assert "int4 13,104 (6.40x)" in minfer("inspect", tiny_llama, *flags).out
+
+
+def test_inspect_counts_quantised_weights_as_they_are_kept(minfer: Callable, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    plain = make_checkpoint("llama", intermediate_size=128)
+    assert minfer("quantize", plain, tmp_path / "out", "--method", "gptq", "--group-size", 32, "--samples", 2, "--seqlen", 8).code == 0
+    flags = ("--dtype", "float32", "--json")
+    on_disk = sum(tensor.nbytes for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
+    assert minfer("inspect", tmp_path / "out", *flags).json["weights_bytes"] == on_disk
+    dense = minfer("inspect", tmp_path / "out", "--quant", "none", *flags).json["weights_bytes"]
+    assert dense == minfer("inspect", plain, *flags).json["weights_bytes"]
+    assert on_disk < minfer("inspect", plain, "--quant", "int8", *flags).json["weights_bytes"] < dense
+
+
 def test_inspect_of_the_real_model_reads_headers_only(minfer: Callable, smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from minfer.loader.gguf import GGUFCheckpoint
 
