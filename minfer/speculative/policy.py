@@ -29,8 +29,8 @@ OUTLIER = 3.0  # times what was expected: more is the machine's doing, and count
 PRIOR, PRIOR_WEIGHT = 0.6, 2.0  # acceptance before anything is known, and how many drafts a new request's first guess is worth
 REMEMBER, REMEMBER_ALL = 0.85, 0.98  # weight of a verified draft after the next one, of one request and of all
 MARGIN = 1.15  # what a draft must promise over its cost: estimates err, and plain decoding doesn't
-SHARE = 0.015  # of a step's time, spent on finding out whether drafts pay
-HELD = 3.0  # plain steps' worth that the account holds at first, and at most
+SHARE = 0.02  # of a step's time, spent on finding out whether drafts pay
+HELD = 2.0  # plain steps' worth that the account holds at first, and at most
 PLAIN_EVERY = 32  # steps, of which one has no drafts, to compare with
 
 
