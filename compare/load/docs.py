@@ -13,15 +13,14 @@ BEGIN, END = "<!-- load:begin -->\n", "<!-- load:end -->"
 
 
 def table(folder: Path) -> str:
-    """The three reports' figures, with the commands that made them."""
-    mixed, over, off = (json.loads((folder / f"{name}.json").read_text()) for name in ("mixed", "overload", "offline"))
-    crowd, last, speeds = mixed["rounds"][-1], over["levels"][-1], off["tokens_per_s"]
-    asked = sum(r["requests"] for r in mixed["rounds"])
-    endings = {kind: sum(r["endings"].get(kind, 0) for r in mixed["rounds"]) for kind in ("done", "left", "refused")}
+    """The reports' figures, with the commands that made them."""
+    names = ("mixed", "endurance", "overload", "offline")
+    mixed, long, over, off = (json.loads((folder / f"{name}.json").read_text()) for name in names)
+    last, speeds = over["levels"][-1], off["tokens_per_s"]
     rows = [
-        ("mixed", f"{asked:,} requests, {mixed['clients']} at a time", ", ".join(f"{count:,} {kind}" for kind, count in endings.items())),
-        ("", "time to first token, p50 / p99", _pair(crowd["ttft_s"])),
-        ("", "between tokens, p50 / p99", _pair(crowd["itl_s"])),
+        *_crowd("mixed", mixed),
+        *_crowd(f"mixed, a round every {long['every_s']:g} s, on a model that costs nothing", long),
+        *_resources(long),
         ("overload", f"capacity, first token within {last['ttft_limit_s']:g} s", f"{over['capacity_per_s']:.1f} requests/s"),
         ("", f"goodput at {last['times_capacity']:.1f} times that, of its peak", f"{over['goodput_kept']:.1%}"),
         (
@@ -35,9 +34,35 @@ def table(folder: Path) -> str:
     where = (
         f"{mixed['model']} on {mixed['machine'].get('cpu', 'a CPU')}, {mixed['machine'].get('cores', '?')} cores, clients on the same cores"
     )
-    commands = ", ".join(f"`{report['command']}`" for report in (mixed, over, off))
+    commands = ", ".join(f"`{report['command']}`" for report in (mixed, long, over, off))
     lines = ["| experiment | what | result |", "|---|---|---|", *("| " + " | ".join(row) + " |" for row in rows)]
     return f"{where}.\n\n" + "\n".join(lines) + f"\n\nAgain: {commands}.\n"
+
+
+def _crowd(name: str, report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What became of the requests of all rounds; latencies are those of the median round."""
+    rounds = report["rounds"]
+    endings = {kind: sum(r["endings"].get(kind, 0) for r in rounds) for kind in ("done", "left", "refused")}
+    kinds = {key: {p: _median([r[key][p] for r in rounds]) for p in ("p50", "p99")} for key in ("ttft_s", "itl_s")}
+    asked = sum(r["requests"] for r in rounds)
+    return [
+        (name, f"{asked:,} requests, {report['clients']} at a time", ", ".join(f"{count:,} {kind}" for kind, count in endings.items())),
+        ("", "time to first token, p50 / p99", _pair(kinds["ttft_s"])),
+        ("", "between tokens, p50 / p99", _pair(kinds["itl_s"])),
+    ]
+
+
+def _resources(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What a long run's process holds after its first, its second and its last third."""
+    thirds = report["medians_of_thirds"]
+    held = {
+        "resident memory": [f"{value / 1e6:,.0f} MB" for value in thirds["rss_bytes"]],
+        "open files and sockets": [f"{value:.0f}" for value in thirds["open_files"]],
+        "threads": [f"{value:.0f}" for value in thirds["threads"]],
+    }
+    left = max(value for each in report["rounds"] for value in each["gauges_after"].values())
+    gauges = ("", "requests, queue and blocks in use after a round", f"{left:g}")
+    return [gauges] + [("", f"{what}, first / middle / last third", " / ".join(values)) for what, values in held.items()]
 
 
 def _pair(seconds: dict[str, float]) -> str:
