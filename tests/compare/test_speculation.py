@@ -35,14 +35,18 @@ def test_the_page_is_made_of_stored_figures() -> None:
     machine = {"cpu": "a CPU", "cores": 2}
     drafts = {"drafts": 50, "draft_tokens": 150, "accepted_tokens": 60}
     runs = [
-        {"text": kind, "batch": batch, "variant": name, "decode_tokens_per_s": speed, "output_tokens": 160, **more}
+        {"text": kind, "batch": batch, "variant": name, "decode_tokens_per_s": n * speed, "output_tokens": 160, **more}
         for kind in speculation.TEXTS
         for batch in speculation.BATCHES
-        for name, speed, more in (("plain", 100.0, {}), ("ngram", 150.0, {"drafts": drafts, "accepted_at": [40, 20, 0]}))
+        for n in (1, 2, 3)
+        for name, speed, more in (
+            ("plain", 100.0, {}),
+            ("ngram", 150.0, {"drafts": drafts, "accepted_at": [40, 20, 0], "plain_tokens_per_s": n * 100.0}),
+        )
     ]
     results = {"machine": machine, "model": "m", "rounds": 3, "command": "c", "runs": runs}
-    assert "| quoting | ngram | 150 | 1.50x | 1.6 | 80%, 40%, 0% |" in speculation.texts_table(results)
-    assert "| 32 | 100 | 150 | 1.50x |" in speculation.batches_table(results)
+    assert "| quoting | ngram | 300 | 1.50x | 1.6 | 80%, 40%, 0% |" in speculation.texts_table(results)
+    assert "| 32 | 200 | 300 | 1.50x |" in speculation.batches_table(results)
     rates = [{"rate": None, "tokens_per_s": 7.0, "tokens_a_step": 1.0}, {"rate": 0.5, "tokens_per_s": 10.5, "tokens_a_step": 1.9}]
     forced = {"target": "big", "drafter": "small", "quant": "int4", "drafts": 4, "command": "c", "runs": rates}
     assert "| 50% | 10.50 | 1.9 | 1.50x |" in speculation_forced.table(forced)
