@@ -92,6 +92,7 @@ class Asker:
         ([1, 2, 3, 9, 9, 9], [1, 2]),  # the trunk: 1 2
         ([5, 9, 9, 6, 7, 9], [3, 4]),  # a branch: 5 6
         ([1, 6, 9, 9, 9, 9], [1, 5]),  # one that leaves the trunk
+        ([1, 5, 9, 9, 9, 9], [1]),  # 5 is a guess for the place before
     ],
 )
 def test_the_walk_through_the_tree_is_that_of_the_output(drawn: list[int], kept: list[int]) -> None:
