@@ -3,9 +3,10 @@
     python -m compare.quantization --text test.txt --calibration valid.txt --work FOLDER --out results/quantization.json
     python -m compare.quantization --from results/quantization.json
 
-makes every checkpoint of quantized.py and scores it; `--only WORD` takes the rows whose name contains the word, and NAME=CHECKPOINT adds
-one that was made elsewhere. Rows of an earlier run with the same text and windows are kept, so the work can be done in pieces.
-The second form fills docs/quantization.md from the file alone.
+makes every checkpoint of quantized.py and scores it; `--only WORD` takes the row of that name, or those whose name contains it, and
+NAME=CHECKPOINT adds one that was made elsewhere. Rows of an earlier run with the same text and windows are kept, so the work can be
+done in pieces. A tool that fails costs its own row, and its last words are kept in its place. The second form fills
+docs/quantization.md from the file alone.
 
 All are scored by minfer itself, GGUF files included, on the same windows of the text, in float32 and with inputs left unrounded, so that
 only the weights differ (where rounding the inputs is the method, they are rounded). KL is the coarse one over the 20 likeliest
@@ -30,7 +31,8 @@ from compare import machine
 from compare.ablation import ROOT, fill
 from compare.errors import CompareError
 from compare.measure import coarse_kl
-from compare.quantized import LLAMA_CPP, METHODS, PAIRS, ROUNDS_INPUTS, make
+from compare.places import without_paths
+from compare.quantized import PAIRS, ROUNDS_INPUTS, ROWS, Calibration, make
 from compare.weights import get_weights
 from minfer import LLM, SamplingParams, __version__
 from minfer.loader import open_checkpoint, resolve_model
@@ -137,6 +139,10 @@ def tables(results: dict[str, Any]) -> str:
     for a, b in known:
         bits = [f"{rows[name]['bits_per_weight']:.2f}" for name in (a, b)]
         lines.append(f"| {a} | {bits[0]} | {b} | {bits[1]} | {_change(rows[a], rows[b])} | {rows[a]['kl'] / rows[b]['kl']:.2f}x |")
+    failed = results.get("failed", {})
+    if failed:
+        lines += ["", "| tried | what it said |", "|---|---|"]
+        lines += [f"| {name} | `{' '.join(words.split()).replace('|', '/').replace('`', chr(39))}` |" for name, words in failed.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -156,7 +162,9 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--work", type=Path, help="the folder for the checkpoints")
-    parser.add_argument("--only", action="append", help="make and score the rows whose name contains this; several in this order")
+    parser.add_argument(
+        "--only", action="append", help="make and score the row of this name, or those that contain it; several in this order"
+    )
     parser.add_argument("--threads", type=int, help="of scoring; quantising takes OMP_NUM_THREADS")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--from", dest="source", type=Path, help="fill the page from an earlier run's file and do nothing else")
@@ -181,22 +189,31 @@ def measure(options: argparse.Namespace) -> None:
     rows: dict[str, dict[str, Any]] = {row["name"]: row for row in results["rows"]}
     reference = score(str(weights), windows, threads=options.threads)
     rows[SOURCE] = {"name": SOURCE, **size_of(str(weights)), **figures(windows, reference, reference)}
-    data = ["--samples", str(options.samples), "--seqlen", str(options.seqlen)]
-    data += ["--calibration", str(options.calibration.resolve())] if options.calibration is not None else []
+    data = Calibration(options.calibration, options.samples, options.seqlen)
     extra = _named(options.checkpoints)
-    everything = [*METHODS, *LLAMA_CPP]
-    chosen = [name for word in options.only or [""] for name in everything if word in name]
+    chosen = [name for word in options.only or [""] for name in ((word,) if word in ROWS else ROWS) if word in name]
     for name in dict.fromkeys([*chosen, *extra]):
-        path = str(extra.get(name) or make(name, weights, options.work.resolve(), data))
+        try:
+            path = str(extra.get(name) or make(name, weights, options.work.resolve(), data))
+        except CompareError as error:
+            print(error, file=sys.stderr)
+            results["failed"][name] = without_paths(str(error).removeprefix(f"{name} could not be made: "))
+            _write(options.out, results, rows)
+            continue
         scored = score(path, windows, activations="int8" if name.startswith(ROUNDS_INPUTS) else "none", threads=options.threads)
         rows[name] = {"name": name, **size_of(path), **figures(windows, scored, reference)}
         del scored
         gc.collect()
         shown = {key: value for key, value in rows[name].items() if not key.startswith("window")}
         print(shown, file=sys.stderr)
-        order = [SOURCE, *METHODS, *LLAMA_CPP]
-        kept = sorted(rows.values(), key=lambda row: order.index(row["name"]) if row["name"] in order else len(order))
-        options.out.write_text(json.dumps({**results, "rows": kept}, indent=1) + "\n")
+        results["failed"].pop(name, None)
+        _write(options.out, results, rows)
+
+
+def _write(out: Path, results: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
+    order = [SOURCE, *ROWS]
+    kept = sorted(rows.values(), key=lambda row: order.index(row["name"]) if row["name"] in order else len(order))
+    out.write_text(json.dumps({**results, "rows": kept}, indent=1) + "\n")
 
 
 def _begin(options: argparse.Namespace, text: str, windows: int) -> dict[str, Any]:
@@ -215,12 +232,13 @@ def _begin(options: argparse.Namespace, text: str, windows: int) -> dict[str, An
         "window": options.window,
         "windows": windows,
         "rows": [],
+        "failed": {},
     }
     if options.out.exists():
         earlier = json.loads(options.out.read_text())
         if any(earlier.get(key) != results[key] for key in ("model", "text", "calibration", "window", "windows")):
             raise CompareError(f"{options.out} holds another comparison; give another file")
-        results["rows"] = earlier["rows"]
+        results |= {"rows": earlier["rows"], "failed": earlier.get("failed", {})}
     return results
 
 

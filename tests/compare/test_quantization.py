@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 from tokenizers import pre_tokenizers
 
-from compare import interop, quantization, weights
+from compare import interop, quantization, quantize_cost, quantized, quantized_peers, weights
 from compare.errors import CompareError
-from compare.quantized import LLAMA_CPP, METHODS, PAIRS, ROUNDS_INPUTS, make
-from minfer.quantize import Recipe
+from compare.quantized import METHODS, PAIRS, ROUNDS_INPUTS, ROWS, Calibration, make
+from minfer.quantize import Recipe, read_calibration
 from minfer.tokenizer import Tokenizer
+
+NO_DATA = Calibration(None, 1, 16)
 
 
 def row(name: str, nll: list[float], kl: list[float]) -> dict[str, object]:
@@ -51,16 +54,48 @@ def test_every_row_is_a_recipe_and_every_pair_is_of_rows() -> None:
         words = shlex.split(flags)
         given = dict(zip(words[::2], words[1::2], strict=False))
         Recipe(method=given["--method"], bits=int(given.get("--bits", 4)), group_size=int(given.get("--group-size", 32)))  # type: ignore[arg-type]
-    assert {name for pair in PAIRS for name in pair} <= {*METHODS, *LLAMA_CPP}
+    assert {name for pair in PAIRS for name in pair} <= set(ROWS)
     assert all(any(name.startswith(start) for name in METHODS) for start in ROUNDS_INPUTS)
 
 
 def test_what_can_not_be_made_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(CompareError, match="python -m compare setup llamacpp"):
-        make("llama.cpp Q4_0", tmp_path, tmp_path / "work", [])
+        make("llama.cpp Q4_0", tmp_path, tmp_path / "work", NO_DATA)
     with pytest.raises(CompareError, match="NF4, blocks of 64 could not be made"):
-        make("NF4, blocks of 64", tmp_path / "nothing", tmp_path / "work", [])
+        make("NF4, blocks of 64", tmp_path / "nothing", tmp_path / "work", NO_DATA)
+    with pytest.raises(CompareError, match="give --calibration"):
+        make("gptqmodel, 4 bits, groups of 64", tmp_path, tmp_path / "work", NO_DATA)
+
+
+def test_other_tools_see_the_samples_that_minfer_quantize_takes(
+    tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    seen = []
+
+    def stand_in(name: str, weights: Path, samples: Path, out: Path) -> None:
+        seen.extend(json.loads(samples.read_text()))
+
+    monkeypatch.setattr(quantized, "make_peer", stand_in)
+    make("gptqmodel, 4 bits, groups of 64", tiny_tokenizer, tmp_path, Calibration(text, 3, 16))
+    tokenizer = Tokenizer.from_folder(tiny_tokenizer)
+    assert seen == read_calibration(text, lambda words: tokenizer.encode(words, add_special_tokens=False), 3, 16)
+
+
+def test_a_tool_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(quantized_peers, "setup", lambda info, device, say: Path(sys.executable))
+    tool = quantized_peers.Tool(quantized_peers.TOOLS["gptqmodel"].info, "raise SystemExit('no such kernel | on this machine')")
+    monkeypatch.setitem(quantized_peers.TOOLS, "gptqmodel", tool)
+    quantized_peers.engine_root("gptqmodel").mkdir(parents=True)
+    with pytest.raises(CompareError, match=r"groups of 64 could not be made: no such kernel \| on this machine"):
+        quantized_peers.make_peer("gptqmodel, 4 bits, groups of 64", tmp_path, tmp_path / "samples.json", tmp_path / "out")
+    facts = {"model": "m", "windows": 2, "window": 5, "text": {"name": "t"}, "calibration": "c", "command": ["x"]}
+    rows = [row(quantization.SOURCE, [1.0, 2.0], [0.1, 0.2])]
+    page = quantization.tables({**facts, "rows": rows, "failed": {"gptqmodel": "no such kernel | on this machine"}})
+    assert page.endswith("| gptqmodel | `no such kernel / on this machine` |\n")
 
 
 def test_an_earlier_file_is_kept_if_it_is_of_the_same_kind(tmp_path: Path) -> None:
@@ -84,3 +119,4 @@ def test_the_page_is_made_of_the_files() -> None:
     page, results = quantization.PAGE.read_text(), quantization.ROOT / "results"
     assert quantization.tables(json.loads((results / "quantization-smollm2-135m.json").read_text())) in page
     assert interop.table(json.loads((results / "interop-smollm2-135m.json").read_text())) in page
+    assert quantize_cost.fill(page, json.loads((results / "quantize-cost.json").read_text())) == page

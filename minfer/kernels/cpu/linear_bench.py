@@ -38,8 +38,11 @@ KINDS: dict[str, tuple[str, bool, Activation]] = {
     "q2_k": ("int4@16", False, "int8"),
     "nf4": ("nf4@64", True, "int8"),
     "iq4_nl": ("table4", True, "int8"),
+    "mxfp4": ("fp4_e2m1", True, "int8"),
     "nvfp4": ("fp4_e2m1@16", True, "int8"),
+    "mxfp6": ("fp6_e2m3", True, "int8"),
     "fp8": ("fp8_e4m3@64", True, "none"),
+    "mxfp8": ("fp8_e4m3", True, "none"),
     "bfloat16": ("bfloat16", True, "none"),
     "float16": ("float16", True, "none"),
     "float32": ("float32", True, "none"),
@@ -51,7 +54,8 @@ def matrix(n: int, k: int, element: str, symmetric: bool) -> torch.Tensor | Pack
         return torch.randn(n, k).to(getattr(torch, element))
     name, _, group = element.partition("@")
     scheme = QuantScheme(name, int(group or 32), symmetric)  # type: ignore[arg-type]
-    low, high = {"int8": (-128, 128), "fp8_e4m3": (0, 127)}.get(name, (-8, 8) if name == "int4" and symmetric else (0, 16))
+    ranges = {"int4": (-8, 8) if symmetric else (0, 16), "int8": (-128, 128), "fp8_e4m3": (0, 127), "fp6_e2m3": (0, 64)}
+    low, high = ranges.get(name, (0, 16))
     scales = torch.rand(n, k // scheme.group_size).half().float()
     levels = torch.linspace(-1, 1, 16) if name in LISTED else None
     return PackedWeight(torch.randint(low, high, (n, k), dtype=torch.int8), scales, None if symmetric else -8 * scales, scheme, levels)
