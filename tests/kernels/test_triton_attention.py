@@ -11,7 +11,8 @@ from kernels.devices import DEVICE, DTYPES, close, moved, on_device, randn
 
 from minfer.errors import ConfigError
 from minfer.kernels.reference import ReferenceBackend
-from minfer.kernels.triton.attention import attention
+from minfer.kernels.triton.attention import _splits, _tiles, attention
+from minfer.kernels.triton.kv_codes import PLAIN
 from minfer.kvcache import LayerCache
 
 MIXED = ((1, 37), (20, 20), (0, 5), (5, 70), (1, 1))  # decode, prompt, nothing new, chunk, first token
@@ -79,7 +80,7 @@ def test_any_batch(seed: int) -> None:
 def test_many_processors_split_a_long_context() -> None:
     batch, cache = moved(make_batch([(1, 600)], 64, 10)), on_device(make_cache(10, 1, 64, 16, torch.float32))
     q = randn(1, 2, 16)
-    one, many = (attention(q, cache, batch, 0.25, processors=n) for n in (1, 8))
+    one, many = attention(q, cache, batch, 0.25, processors=8, splits=1), attention(q, cache, batch, 0.25, processors=8)
     torch.testing.assert_close(one, many, rtol=1e-6, atol=1e-6)
     assert not torch.equal(one, many)  # three partial sums, added in another order
 
@@ -97,6 +98,16 @@ def test_offsets_beyond_32_bits() -> None:
     for page, place in ((0, 3), (1, blocks - 1)):
         far.k[place], far.v[place] = near.k[page], near.v[page]
     assert torch.equal(attention(q, far, batch, 0.125, processors=4), expected)
+
+
+def test_tiles_and_splits_follow_the_device() -> None:
+    for new, rows in ((1, 16), (4, 16), (5, 64), (16, 64), (17, 128)):
+        assert _tiles(4, 128, new, 2, PLAIN, 227 * 1024)[0] == rows
+    assert _tiles(4, 128, 40, 2, PLAIN, 64 * 1024)[0] == 64
+    assert _tiles(40, 128, 1, 2, PLAIN, 64 * 1024)[0] == 64
+    assert [_splits(8, 32768, 132, ptx) for ptx in (True, False)] == [66, 33]
+    assert [_splits(512, 4096, 132, ptx) for ptx in (True, False)] == [1, 1]
+    assert _splits(8, 512, 132, True) == 2
 
 
 def test_nothing_to_do() -> None:

@@ -62,7 +62,8 @@ class TritonBackend(Backend):
         window: int | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        return attention(q, cache, batch, scale, window, softcap, processors=self.target.processors, ptx=self.target.nvidia)
+        target = self.target
+        return attention(q, cache, batch, scale, window, softcap, processors=target.processors, shared=target.shared, ptx=target.nvidia)
 
     def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
         if isinstance(weight, PackedWeight):

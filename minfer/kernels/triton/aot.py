@@ -123,7 +123,7 @@ def compile_target(target: str, only: str) -> dict[str, Report]:
     from minfer.kernels.triton import TritonBackend  # under the interpreter, there are no kernels to compile
     from minfer.kernels.triton.aot_cases import CASES, DTYPE, META
 
-    backend = TritonBackend(META, DTYPE, Target(processors=132, nvidia=target.startswith("cuda")))
+    backend = TritonBackend(META, DTYPE, Target(132, target.startswith("cuda"), SHARED_LIMIT[target]))
     reports: dict[str, Report] = {}
     seen: set[str] = set()
     for name, case in CASES.items():

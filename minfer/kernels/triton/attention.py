@@ -297,23 +297,29 @@ def _rotated(x: torch.Tensor, stride: int) -> torch.Tensor:
     return out
 
 
-def _tiles(group: int, dim_tile: int, wide: bool, itemsize: int, quantised: bool) -> tuple[int, int, dict[str, int]]:
-    """Rows of queries, keys a tile, and launch settings. `wide`: some request brings more tokens than one narrow tile holds.
+def _tiles(group: int, dim_tile: int, longest: int, itemsize: int, kind: int, shared: int) -> tuple[int, int, dict[str, int]]:
+    """Rows of queries, keys a tile, and launch settings. `longest`: the most tokens that a request brings. `shared`: bytes a program has.
 
-    Two stages of K and V tiles must fit shared memory: 2 x 2 x 64 x 128 x 2 bytes is 64 KB, all that AMD's LDS has, so heads of
-    more than 64 values get tiles of 32 keys there and everywhere: one table until there is a measurement to justify two. Codes take
-    registers to become numbers: two stages of them spill on sm_90 at decode.
+    Stages of K and V tiles must fit shared memory: 2 x 2 x 64 x 128 x 2 bytes is 64 KB, all that AMD's LDS has, so heads of more than
+    64 values get tiles of 32 keys there. Where there is room for three stages of 64, prompts get them, and twice the rows, so that K and V
+    come from L2 half as often. Codes take registers to become numbers: two stages of them spill on sm_90 at decode.
     """
-    narrow = max(16, power_of_2(group))
-    rows = max(64, narrow) if wide else narrow
+    least = max(16, power_of_2(group))
+    room = shared >= 200 * 1024 and dim_tile * itemsize == 256  # on sm_80, with 163 KB, they spill
+    wide = longest * group > least
+    rows = max(least, 128 if room and longest * group > 64 else 64) if wide else least
     keys = max(16, 64 * 64 * 2 // (max(dim_tile, 64) * itemsize))
-    keys = min(keys, 32) if quantised else keys
-    return rows, keys, {"num_warps": 4 if rows * dim_tile <= 64 * 128 else 8, "num_stages": 1 if quantised and not wide else 2}
+    if wide and room and rows == 128:
+        return rows, 64, {"num_warps": 8, "num_stages": 2 if kind != PLAIN else 3}
+    if kind != PLAIN:
+        return rows, min(keys, 32), {"num_warps": 4 if rows * dim_tile <= 64 * 128 else 8, "num_stages": 2 if wide else 1}
+    return rows, keys, {"num_warps": 4 if rows * dim_tile <= 64 * 128 else 8, "num_stages": 2}
 
 
-def _splits(tiles: int, longest: int, processors: int) -> int:
-    """How often to cut the context: until every processor has two programs, but no finer than `_KEYS_PER_SPLIT`."""
-    return max(1, min(-(-longest // _KEYS_PER_SPLIT), -(-2 * processors // max(tiles, 1)), 128))
+def _splits(programs: int, longest: int, processors: int, ptx: bool) -> int:
+    """How often to cut the context: until every processor has two programs, on NVIDIA up to four, but no finer than `_KEYS_PER_SPLIT`."""
+    wanted = 4 * processors // max(programs, 1) if ptx else -(-2 * processors // max(programs, 1))
+    return max(1, min(-(-longest // _KEYS_PER_SPLIT), wanted, 128))
 
 
 def attention(
@@ -325,10 +331,14 @@ def attention(
     softcap: float | None = None,
     *,
     processors: int,
+    shared: int = 64 * 1024,
     ptx: bool = False,
     splits: int | None = None,
 ) -> torch.Tensor:
-    """`Ops.attention`; `processors` of the device decide how often the context is split, unless `splits` says. ptx: of NVIDIA."""
+    """`Ops.attention`; `processors` of the device decide how often the context is split, unless `splits` says. ptx: of NVIDIA.
+
+    `shared`: bytes of shared memory that a program may have there.
+    """
     tokens, heads, dim = q.shape
     requests, kv_heads = batch.num_requests, cache.k.shape[1]
     if heads % kv_heads:
@@ -349,12 +359,10 @@ def attention(
     if cache.format.rotated:
         q, q_stride = _rotated(q, q_stride), heads * dim
     group, dim_tile = heads // kv_heads, max(16, power_of_2(width))
-    narrow = max(16, power_of_2(group)) // group
-    wide = max(batch.query_lens_host) > narrow
-    rows, keys, launch = _tiles(group, dim_tile, wide, q.element_size(), cache.format.scaled)
+    rows, keys, launch = _tiles(group, dim_tile, max(batch.query_lens_host), q.element_size(), kind, shared)
     tiles = tokens // (rows // group) + requests
     if splits is None:
-        splits = 1 if wide else _splits(requests * kv_heads, max(batch.seq_lens_host), processors)
+        splits = 1 if rows > max(16, power_of_2(group)) else _splits(requests * kv_heads, max(batch.seq_lens_host), processors, ptx)
     partial = lse = None
     if splits > 1:
         partial = torch.empty((tokens, heads, splits, dim), dtype=torch.float32, device=q.device)

@@ -17,13 +17,17 @@ import triton.knobs
 
 @dataclass(frozen=True)
 class Target:
-    """`processors`: how many the device has, which decides how finely small work is split."""
+    """`processors`: how many the device has, which decides how finely small work is split. `shared`: bytes of shared memory a program
+    may have, which decides how large its tiles are: 227 KiB on Hopper and on Blackwell of its class, on others at least 64.
+    """
 
     processors: int
     nvidia: bool = False
+    shared: int = 64 * 1024
 
     @staticmethod
     def of(device: torch.device) -> Target:
         if device.type != "cuda" or triton.knobs.runtime.interpret:
             return Target(processors=4)  # the interpreter runs programs one by one; any small number keeps the paths of a GPU
-        return Target(torch.cuda.get_device_properties(device).multi_processor_count, nvidia=torch.version.hip is None)
+        properties, nvidia = torch.cuda.get_device_properties(device), torch.version.hip is None
+        return Target(properties.multi_processor_count, nvidia, (227 if nvidia and properties.major in (9, 10) else 64) * 1024)

@@ -13,7 +13,7 @@ from minfer.batch import Batch
 from minfer.kernels.triton import TritonBackend
 from minfer.kernels.triton.aot import Launch
 from minfer.kernels.triton.aot_cases import DTYPE, META, meta
-from minfer.kernels.triton.cost.family import Case, Check, Family
+from minfer.kernels.triton.cost.family import Case, Change, Check, Family
 from minfer.kernels.triton.cost.predict import Work
 from minfer.kvcache import LayerCache, format_of
 
@@ -115,5 +115,30 @@ FAMILY = Family(
         Check(_PROMPT, "A100 SXM 80 GB", _OPERATIONS / 230e6, _PAPER, 1.0, 3.0),
         Check(_PROMPT, "H100 SXM", _OPERATIONS / 327.9e6, _AZURE, 0.5, 1.6),
         Check(_PROMPT, "H200 SXM", _OPERATIONS / 329.3e6, _AZURE, 0.5, 1.6),
+    ],
+    changes=[
+        Change(
+            "Four programs a processor where a context is split on NVIDIA, not two",
+            "Two leave the memory idle while they wait for a gather, a copy, and eight barriers a turn; the registers have room for five.",
+            [("decode, 1 x 32768", "H100 SXM"), ("decode, 1 x 32768", "H200 SXM"), ("decode, 8 x 4096", "H100 SXM")],
+        ),
+        Change(
+            "Prompts in tiles of 128 rows and 64 keys, eight warps and three stages on Hopper; elsewhere they spill, or don't fit",
+            "With 64 rows K and V come from L2 twice as often, with 32 keys the addresses of a turn weigh twice as much.",
+            [("prompt, 1 x 8192", "H100 SXM"), ("prompt, 4 x 2048", "H100 SXM"), (_PROMPT, "H100 SXM")],
+        ),
+    ],
+    first=[
+        "`decode, 64 x 4096` and `decode, 1 x 32768` in bfloat16: whether the model's bandwidth and its latencies hold. If the first is "
+        "slower than predicted, the read bandwidth is wrong; if only the second, what a turn waits for is.",
+        "`decode, 64 x 4096, int8 cache` beside bfloat16's. It is predicted to wait for itself, not for the memory: the barriers of a "
+        "reduction over four warps, and V read from shared memory byte by byte. If so, codes should become numbers before they go there.",
+        "`prompt, 1 x 8192` with tiles of 128 x 64 and of 64 x 32 (`attention._tiles`): the gain rests on an assumed bandwidth of L2.",
+        "`decode, 1 x 4096` and `1 x 32768` with two, four and eight programs a processor (`attention._splits`), the merge included.",
+        "On MI300X the quantised caches: predicted to be bound by the vector pipe, several times off the memory. Their listing reads codes "
+        "from LDS a byte at a time.",
+        "What a kernel of a captured graph adds when nothing else is to be done (`launch` in `cost/devices.py`): a step of llama3.1-8b has "
+        "some three hundred.",
+        "`drafts, 8 x 5 new of 4096`: verification is the kernel of every speculative step, and was the furthest from its floor.",
     ],
 )

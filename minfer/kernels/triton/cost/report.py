@@ -12,7 +12,7 @@ from typing import Any
 import triton
 
 from minfer.kernels.triton import TritonBackend
-from minfer.kernels.triton.aot import Launch, compile_launch, launches_caught
+from minfer.kernels.triton.aot import SHARED_LIMIT, Launch, compile_launch, launches_caught
 from minfer.kernels.triton.aot_cases import DTYPE, META
 from minfer.kernels.triton.cost.compiled import code_of
 from minfer.kernels.triton.cost.devices import DEVICES, Device
@@ -59,7 +59,7 @@ def predict_family(family: Family, compiler: Compiler, only: str = "") -> Json:
 
 
 def _case(case: Case, device: Device, compiler: Compiler) -> Json:
-    target = Target(processors=device.processors, nvidia=device.nvidia)
+    target = Target(device.processors, device.nvidia, SHARED_LIMIT[device.target])
     with launches_caught() as caught:
         case.call(TritonBackend(META, DTYPE, target))
     launches, seconds = [], 0.0
