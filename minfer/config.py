@@ -25,6 +25,7 @@ Activations = Literal["auto", "int8", "none"]
 PolicyName = Literal["fcfs", "priority", "fair"]
 Speculative = Literal["none", "ngram", "draft", "skip"]
 ForcedTokens = Literal["auto", "on", "off"]
+GuidedBackend = Literal["llguidance", "xgrammar"]
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -90,6 +91,10 @@ class EngineConfig:
         1, "Tokens tried at each place of a draft, where an EAGLE, EAGLE-3 or Medusa head drafts: above 1, drafts branch into trees."
     )
     ngram_min_match: int = option(3, "Tokens that must agree before ngram copies what followed them.")
+    guided_backend: GuidedBackend = option(
+        "llguidance",
+        "Library behind structured output; xgrammar knows less of JSON Schema and has no limits on compiling.",
+    )
     forced_tokens: ForcedTokens = option(
         "auto",
         "Let tokens that the form of an output leaves no choice about enter a step together: on, off, or auto (not where steps are "
@@ -110,6 +115,7 @@ class EngineConfig:
             ("policy", PolicyName),
             ("speculative", Speculative),
             ("forced_tokens", ForcedTokens),
+            ("guided_backend", GuidedBackend),
         ):
             if getattr(self, name) not in get_args(kind):
                 self._fail(name, f"must be one of {', '.join(get_args(kind))}")

@@ -32,7 +32,7 @@ class InputProcessor:
         eos = tokenizer.eos_token_ids if tokenizer is not None else ()
         self.eos_token_ids = tuple(dict.fromkeys((*model.eos_token_ids, *eos)))
         self.tokenizer = tokenizer
-        self.grammars = GrammarCompiler(tokenizer, self.eos_token_ids)
+        self.grammars = GrammarCompiler(tokenizer, self.eos_token_ids, backend=config.guided_backend)
         self._arrivals = itertools.count()
 
     def tokenize(self, prompt: Prompt, *, room_for_output: bool = True) -> tuple[str | None, list[int]]:

@@ -1,7 +1,7 @@
 """`GrammarCompiler`: from a request's form to a `Grammar` that its sequences can follow.
 
-Compiling is bounded three ways: the source's size (`StructuredOutputsParams`), llguidance's own limits on the work and
-the size of what it builds, and the time a caller waits. Two threads do it, and llguidance holds no interpreter lock meanwhile, so
+Compiling is bounded three ways: the source's size (`StructuredOutputsParams`), the library's own limits on the work and
+the size of what it builds, and the time a caller waits. Two threads do it, and the library holds no interpreter lock meanwhile, so
 neither the event loop nor the engine notices. The last grammars are kept: most servers see the same few schemas all day.
 """
 
@@ -12,46 +12,51 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
 
+from minfer.config import GuidedBackend
 from minfer.errors import CapacityError, RequestError
-from minfer.guided.grammars import grammar_text, invalid_grammar
+from minfer.guided.library import Library, Matcher
+from minfer.guided.llguidance_library import LLGuidance
+from minfer.guided.xgrammar_library import XGrammar
 from minfer.structured_outputs import StructuredOutputsParams
 from minfer.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
 
 COMPILE_SECONDS = 30.0  # of waiting, for the vocabulary's tables too; the library's own limits end the work long before
 COMPILE_THREADS = 2
 MAX_WAITING = 256  # grammars in the queue of the compiling threads
 KEPT_GRAMMARS = 128
-MAX_LEXER_STATES = 50_000  # 1 to 2 kB each
+EXTRAS: dict[GuidedBackend, str] = {"llguidance": "guided", "xgrammar": "xgrammar"}
 
 
 class Grammar:
     """A compiled form. Immutable in use; each sequence follows it with a matcher of its own."""
 
-    def __init__(self, matcher: LLMatcher, num_tokens: int) -> None:
-        self._start = matcher
-        self.num_tokens = num_tokens  # width of its masks
+    def __init__(self, start: Matcher, library: Library) -> None:
+        self._start = start
+        self.library = library
         self.spoiled = False  # a sequence ran into a limit of the state that all matchers of this grammar share
 
-    def matcher(self) -> LLMatcher:
-        return self._start.deep_copy()
+    def matcher(self) -> Matcher:
+        return self._start.branch()
 
 
 class GrammarCompiler:
-    """One for an engine. The tables of the vocabulary (a second or two for 128k tokens) are made for the first grammar."""
+    """One for an engine."""
 
-    def __init__(self, tokenizer: Tokenizer | None, eos_token_ids: Sequence[int], keep: int = KEPT_GRAMMARS) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: Sequence[int],
+        keep: int = KEPT_GRAMMARS,
+        backend: GuidedBackend = "llguidance",
+    ) -> None:
         self._tokenizer = tokenizer
         self._eos = list(eos_token_ids)
         self._keep = keep
+        self._backend = backend
+        self._library: Library | None = None
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[str, str], Future[Grammar]] = OrderedDict()
-        self._vocabulary: LLTokenizer | None = None
-        self._vocabulary_lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
         self._waiting = 0
         self.num_compiled = 0  # counters: how often the work was done, and how often it was spared
@@ -60,7 +65,7 @@ class GrammarCompiler:
     def submit(self, wish: StructuredOutputsParams) -> Future[Grammar]:
         """The grammar, now or later; the future may raise RequestError. Raises it too, where no grammar is possible at all,
         and CapacityError where too many are waiting."""
-        self._check()
+        library = self._usable_library()
         key = (wish.kind, wish.source)
         with self._lock:
             known = self._kept.get(key)
@@ -73,7 +78,7 @@ class GrammarCompiler:
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(COMPILE_THREADS, thread_name_prefix="minfer-grammar")
             self._waiting += 1
-            future = self._kept[key] = self._threads.submit(self._compile, wish)
+            future = self._kept[key] = self._threads.submit(self._compile, wish, library)
             while len(self._kept) > self._keep:
                 self._kept.popitem(last=False)
         future.add_done_callback(self._count_down)
@@ -86,54 +91,29 @@ class GrammarCompiler:
         except TimeoutError as error:
             raise took_too_long() from error
 
-    def _compile(self, wish: StructuredOutputsParams) -> Grammar:
-        from llguidance import LLMatcher, LLParserLimits
-
-        text = grammar_text(wish)
-        limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
-        vocabulary = self._tables()
-        matcher = LLMatcher(vocabulary, text, log_level=0, limits=limits)
-        if matcher.is_error():
-            raise invalid_grammar(wish, matcher.get_error())
+    def _compile(self, wish: StructuredOutputsParams, library: Library) -> Grammar:
+        start = library.start(wish)
         self.num_compiled += 1
-        return Grammar(matcher, vocabulary.vocab_size)
+        return Grammar(start, library)
 
-    def _check(self) -> None:
-        if importlib.util.find_spec("llguidance") is None:
+    def _usable_library(self) -> Library:
+        """The library, which is imported when it has its first form to compile. Raises RequestError where there can be none."""
+        name = self._backend
+        if importlib.util.find_spec(name) is None:
             raise RequestError(
-                'structured output needs llguidance; install it with: pip install "minfer[guided]"', param="structured_outputs"
+                f'structured output needs {name}; install it with: pip install "minfer[{EXTRAS[name]}]"', param="structured_outputs"
             )
         if self._tokenizer is None or not self._eos:
             missing = "a tokenizer" if self._tokenizer is None else "an end-of-sequence token"
             raise RequestError(f"structured output needs {missing}, and this model was loaded without", param="structured_outputs")
-
-    def _tables(self) -> LLTokenizer:
-        from llguidance import LLTokenizer, TokenizerWrapper
-
-        with self._vocabulary_lock:
-            if self._vocabulary is None:
-                assert self._tokenizer is not None, "checked before"
-                self._vocabulary = LLTokenizer(TokenizerWrapper(_Vocabulary(self._tokenizer, self._eos)), eos_token=self._eos)
-            return self._vocabulary
+        if self._library is None:
+            made: Library = LLGuidance(self._tokenizer, self._eos) if name == "llguidance" else XGrammar(self._tokenizer, self._eos)
+            self._library = made
+        return self._library
 
     def _count_down(self, future: Future[Grammar]) -> None:
         with self._lock:
             self._waiting -= 1
-
-
-class _Vocabulary:
-    """Our tokenizer in the shape that llguidance reads. Special tokens are no text to it: they never match a grammar."""
-
-    def __init__(self, tokenizer: Tokenizer, eos: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self.tokens = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
-        self.special_token_ids = [token for token in range(tokenizer.vocab_size) if tokenizer.is_special(token)]
-        self.bos_token_id = tokenizer.bos_token_id
-        self.eos_token_id = eos[0]
-
-    def __call__(self, text: Any) -> list[int]:
-        plain = text.decode() if isinstance(text, bytes) else text
-        return self._tokenizer.encode(plain, add_special_tokens=False, parse_special=False)
 
 
 def took_too_long() -> RequestError:

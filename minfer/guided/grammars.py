@@ -11,7 +11,8 @@ import json
 from minfer.errors import RequestError
 from minfer.structured_outputs import StructuredOutputsParams
 
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,16}"  # enough to indent eight levels by two
+MOST_WHITESPACE = 16  # enough to indent eight levels by two
+WHITESPACE = rf"[\x20\x0A\x0D\x09]{{1,{MOST_WHITESPACE}}}"
 
 
 def grammar_text(wish: StructuredOutputsParams) -> str:

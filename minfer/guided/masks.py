@@ -13,16 +13,13 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from minfer.guided.compiler import Grammar
+from minfer.guided.library import Matcher
 from minfer.sampling import SamplingRow
-
-if TYPE_CHECKING:
-    from llguidance import LLExecutor, LLMatcher
 
 logger = logging.getLogger("minfer.guided")
 
@@ -33,7 +30,6 @@ class GrammarMasks:
     def __init__(self, spare_matchers: int = 256) -> None:
         self._spare = spare_matchers
         self._followers: OrderedDict[tuple[int, int, int], _Follower] = OrderedDict()
-        self._threads: LLExecutor | None = None
         self._penalties: Tensor | None = None
         self.num_masks = 0  # counters: rows masked so far, and the seconds it took
         self.seconds = 0.0
@@ -63,10 +59,7 @@ class GrammarMasks:
         """The tokens that must come next in the row's output, as its tokenizer would write them; none where there is a choice."""
         follower = self._follower(row)
         follower.follow(row.output_token_ids)
-        if follower.matcher.is_stopped():
-            return []
-        tokens: list[int] = follower.matcher.compute_ff_tokens()
-        return tokens
+        return [] if follower.matcher.ended else follower.matcher.forced()
 
     def _follower(self, row: SamplingRow) -> _Follower:
         grammar = row.params.grammar
@@ -81,18 +74,9 @@ class GrammarMasks:
 
     def _fill(self, followers: list[_Follower]) -> Tensor:
         """[R, W] int32, on the host: bit i of a row says whether token i may come next. Zero where a matcher has failed."""
-        width = max(-(-follower.grammar.num_tokens // 32) for follower in followers)
-        bits = torch.zeros(len(followers), width, dtype=torch.int32)
-        if len(followers) == 1:
-            followers[0].matcher.unsafe_compute_mask_ptr(bits.data_ptr(), width * 4)
-        else:
-            if self._threads is None:
-                from llguidance import LLExecutor
-
-                self._threads = LLExecutor()
-            # The interpreter lock is released meanwhile, and the rows are shared among threads.
-            pairs = [(follower.matcher, index) for index, follower in enumerate(followers)]
-            self._threads.unsafe_compute_mask_ptr(pairs, bits.data_ptr(), width * 4, len(followers))
+        library = followers[0].grammar.library  # one engine has one
+        bits = torch.zeros(len(followers), -(-library.num_tokens // 32), dtype=torch.int32)
+        library.fill([follower.matcher for follower in followers], bits)
         for index, follower in enumerate(followers):
             if follower.astray:
                 bits[index] = -1  # behind a draft that the grammar forbids: what is drawn here is thrown away
@@ -104,7 +88,7 @@ class GrammarMasks:
 class _Follower:
     """One sequence's way through its grammar."""
 
-    def __init__(self, grammar: Grammar, prompt: Sequence[int], matcher: LLMatcher | None = None) -> None:
+    def __init__(self, grammar: Grammar, prompt: Sequence[int], matcher: Matcher | None = None) -> None:
         self.grammar = grammar
         self.prompt = prompt
         self.matcher = matcher or grammar.matcher()
@@ -114,10 +98,10 @@ class _Follower:
 
     def branch(self, output: Sequence[int]) -> _Follower:
         """A follower of this sequence's output as it would be with its drafts."""
-        other = _Follower(self.grammar, self.prompt, self.matcher.deep_copy())
-        drafts = [] if other.matcher.is_stopped() else list(output[len(self._output) :])
-        taken = other.matcher.try_consume_tokens(drafts)
-        other.astray = taken < len(drafts) and not other.matcher.is_stopped()
+        other = _Follower(self.grammar, self.prompt, self.matcher.branch())
+        drafts = [] if other.matcher.ended else list(output[len(self._output) :])
+        taken = other.matcher.take_drafts(drafts)
+        other.astray = taken < len(drafts) and not other.matcher.ended
         return other
 
     def follow(self, output: Sequence[int]) -> None:
@@ -128,22 +112,23 @@ class _Follower:
             pairs = zip(self._output, output, strict=False)
             same = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), min(same, len(output)))
         if same < self._consumed:
-            self.matcher.rollback(self._consumed - same)
+            self.matcher.give_back(self._consumed - same)
             self._consumed = same
         del self._output[same:]
         for token in output[same:]:
             self._output.append(token)
-            if not self.matcher.is_stopped():
-                self.matcher.consume_token(token)
+            if not self.matcher.ended:
+                self.matcher.take(token)
                 self._consumed += 1
 
     def failed(self) -> bool:
         """Whether the matcher is at a limit. The grammar isn't given to later requests then, since its matchers share state."""
-        if not self.matcher.is_error():
+        failure = self.matcher.failure
+        if failure is None:
             return False
         if not self.grammar.spoiled:
             self.grammar.spoiled = True
-            logger.warning("a grammar stopped after %d tokens: %.300r", len(self._output), self.matcher.get_error())
+            logger.warning("a grammar stopped after %d tokens: %.300r", len(self._output), failure)
         return True
 
 

@@ -33,9 +33,9 @@ def tokenizer(tiny_tokenizer: Path) -> Tokenizer:
     return Tokenizer.from_folder(tiny_tokenizer)
 
 
-@pytest.fixture(scope="module")
-def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
-    return GrammarCompiler(tokenizer, [2])
+@pytest.fixture(scope="module", params=["llguidance", "xgrammar"])
+def compiler(tokenizer: Tokenizer, request: pytest.FixtureRequest) -> GrammarCompiler:
+    return GrammarCompiler(tokenizer, [2], backend=request.param)
 
 
 def row(compiler: GrammarCompiler, output: list[int], seed: int = 0, **wish: Any) -> Row:

@@ -153,9 +153,10 @@ def test_the_grammar_is_the_templates_own_way(tmp_path: Path, text: str, special
     grammar = GrammarCompiler(tokenizer, tokenizer.eos_token_ids).compile(wish)
     ids = tokenizer.encode(reply, add_special_tokens=False)
     matcher = grammar.matcher()
-    assert matcher.consume_tokens(ids) and matcher.is_accepting(), matcher.get_error()
+    assert matcher.take_drafts(ids) == len(ids)
+    assert matcher.ended or matcher.take_drafts(tokenizer.eos_token_ids[:1]) == 1, "the end may follow"
     wrong = tokenizer.encode(reply.replace("Rome", "Bonn").replace("red", "tin"), add_special_tokens=False)
-    assert grammar.matcher().validate_tokens(wrong) < len(wrong)
+    assert grammar.matcher().take_drafts(wrong) < len(wrong)
 
 
 def test_a_model_without_a_tool_template_is_told_in_words(tmp_path: Path) -> None:
