@@ -50,7 +50,9 @@ class EngineConfig:
         "while it is loaded, once, and keep the result in the cache.",
     )
     activations: Activations = option(
-        "auto", "Input of quantised matrices on the CPU: int8 rounds it per token and group, none leaves it as it is; auto is int8."
+        "auto",
+        "Input of quantised matrices: none leaves it as it is; int8 rounds it per token, on the CPU per group too; auto is int8 on the "
+        "CPU, and on a GPU what the matrix was calibrated for: int8, fp8 or none.",
     )
     graphs: bool = option(True, "Record the model's step once and replay it without Python between its ops, where the kernels allow it.")
     threads: int | None = option(None, "CPU threads (default: the physical cores this process may use).")

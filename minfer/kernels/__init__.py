@@ -34,7 +34,7 @@ def select_ops(
         return Ops([ReferenceBackend()], dtype)
     backends: list[Backend] = []
     if backend == "triton" or (backend == "auto" and device.type == "cuda"):
-        triton = _triton(device, dtype, required=backend == "triton")
+        triton = _triton(device, dtype, activations, required=backend == "triton")
         if triton is not None:
             return Ops([triton, *([ReferenceBackend()] if backend == "auto" else [])], dtype)
     # Imported where used: a machine that serves from a GPU may have no compiled kernels, and need not load them.
@@ -54,7 +54,7 @@ def select_ops(
     return Ops([*backends, *([ReferenceBackend()] if backend == "auto" else [])], dtype)
 
 
-def _triton(device: torch.device, dtype: torch.dtype, required: bool) -> Backend | None:
+def _triton(device: torch.device, dtype: torch.dtype, activations: Activations, required: bool) -> Backend | None:
     try:
         from minfer.kernels.triton import TritonBackend
     except ModuleNotFoundError as error:
@@ -65,7 +65,7 @@ def _triton(device: torch.device, dtype: torch.dtype, required: bool) -> Backend
             raise ConfigError(message) from error
         _warn_once(f"using plain torch on {device}, which is several times slower: {message}")
         return None
-    return TritonBackend(device, dtype)
+    return TritonBackend(device, dtype, activations=activations)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -86,23 +86,48 @@ def cases(sizes: Sizes, rows: int) -> Iterator[Case]:
         yield Case("argmax", "argmax", rows * shape.vocab * 4, 0, "float32", *_argmax(sizes, rows))
     for context in sizes.contexts if rows <= sizes.decode else (rows,):
         yield _attention_case(sizes, rows, context)
-    matrices = {"qkv": (q + 2 * kv, h), "o": (h, q), "gate_up": (2 * shape.inner, h), "down": (h, shape.inner)}
-    for name, (n, k) in matrices.items():
-        for kind, (width, _, _) in KINDS.items():
-            moved = int(n * k * (width or size)) + rows * (n + k) * size
-            unit = "int8" if sizes.rounds_inputs and kind in ("int8", "int4") else sizes.unit
+    for name, (n, k) in matrices_of(shape).items():
+        for kind, scheme in KINDS.items():
+            if k % (scheme.group or 1):
+                continue
+            moved = int(n * k * (scheme.width or size)) + rows * (n + k) * size
+            integer = scheme.activation == "int8" or (sizes.rounds_inputs and scheme.element in ("int8", "int4"))
+            unit = "int8" if integer else "fp8" if scheme.activation == "fp8" else sizes.unit
             make, library = _linear(sizes, kind, n, k, rows)
             yield Case("linear", f"linear {kind} {name} [{n},{k}]", moved, 2 * rows * n * k, unit, make, library, 3 * n * k)
 
 
-# name: bytes a weight and its part of scales and minima as kernels keep them (0: the type's own), element, group
-KINDS: dict[str, tuple[float, Element | None, int]] = {
-    "dense": (0.0, None, 0),
-    "int8": (1.0625, "int8", 32),
-    "int4": (0.625, "int4", 32),
-    "fp8": (1.0, "fp8_e4m3", 0),
-    "nf4": (0.53125, "nf4", 64),
-    "mxfp4": (0.53125, "fp4_e2m1", 32),
+def matrices_of(shape: Shape) -> dict[str, tuple[int, int]]:
+    """[N, K] of the products of a layer, stacked as the layers stack them."""
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return {
+        "qkv": (q + 2 * kv, shape.hidden),
+        "o": (shape.hidden, q),
+        "gate_up": (2 * shape.inner, shape.hidden),
+        "down": (shape.hidden, shape.inner),
+    }
+
+
+@dataclass(frozen=True)
+class Kind:
+    """width: bytes a weight and its part of scales and minima as kernels keep them (0: the type's own). group 0: whole rows."""
+
+    width: float
+    element: Element | None
+    group: int = 0
+    activation: Literal["none", "int8", "fp8"] = "none"
+
+
+KINDS: dict[str, Kind] = {
+    "dense": Kind(0.0, None),
+    "int8": Kind(1.0625, "int8", 32),
+    "int4": Kind(0.625, "int4", 32),
+    "int4-128": Kind(0.53125, "int4", 128),
+    "fp8": Kind(1.0, "fp8_e4m3"),
+    "nf4": Kind(0.53125, "nf4", 64),
+    "mxfp4": Kind(0.53125, "fp4_e2m1", 32),
+    "int8 x int8": Kind(1.0, "int8", activation="int8"),
+    "fp8 x fp8": Kind(1.0, "fp8_e4m3", activation="fp8"),
 }
 
 
@@ -223,13 +248,14 @@ def _linear(sizes: Sizes, kind: str, n: int, k: int, rows: int) -> tuple[Callabl
 
 
 def matrix(kind: str, n: int, k: int, sizes: Sizes) -> torch.Tensor | PackedWeight:
-    """A random matrix; of `KINDS` those with an element are quantised, int4 with a minimum, as Q4_1 and AWQ have it."""
-    _, element, group = KINDS[kind]
+    """A random matrix; of `KINDS` those with an element are quantised, int4 with a zero point, as AWQ has it."""
+    wanted = KINDS[kind]
+    element, group = wanted.element, wanted.group
     if element is None:
         return sizes.randn(n, k)
-    scheme = QuantScheme(element, group or k, element != "int4", scale_type="e8m0" if kind == "mxfp4" else "float")
+    scheme = QuantScheme(element, group or k, element != "int4", wanted.activation, "e8m0" if kind == "mxfp4" else "float")
     low, high = {"int8": (-128, 128), "fp8_e4m3": (0, 127)}.get(element, (0, 16))
     codes = torch.randint(low, high, (n, k), device=sizes.device, dtype=torch.int8)
-    scales = torch.rand(n, k // scheme.group_size, device=sizes.device).half().float()
+    scales = torch.rand(n, k // scheme.group_size, device=sizes.device).bfloat16().float()
     levels = torch.linspace(-1, 1, 16, device=sizes.device) if element in LISTED else None
     return PackedWeight(codes, scales, -8 * scales if element == "int4" else None, scheme, levels)

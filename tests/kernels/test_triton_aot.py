@@ -24,7 +24,9 @@ def test_compiled_as_budgeted(target: str) -> None:
     assert not faults(reports)
     assert not drift(reports, BUDGET), "if this is meant: python -m minfer.kernels.triton.aot --update"
     if BUDGET["triton"] == triton.__version__:
-        assert set(reports) == set(BUDGET["kernels"]), "the budget has other kernels than the cases"
+        assert set(reports) == {label for label, by in BUDGET["kernels"].items() if target in by}, (
+            "the budget has other kernels than the cases"
+        )
 
 
 def test_what_the_budgets_promise() -> None:
@@ -33,12 +35,14 @@ def test_what_the_budgets_promise() -> None:
         for target, report in by_target.items():
             assert report["spills"] == 0
             second = "merge" in label or "rotate" in label
-            dot = (label.startswith("attention") and not second) or "gemm" in label
-            assert bool(report["matrix"]) == dot or "512 rows" in label, (label, target)
+            plain = any(word in label for word in ("bf16", "reduce", "quantize_rows", "512 rows"))  # no products, or sums of them
+            plain = plain or (target.startswith("hip") and label.endswith("1 row"))
+            dot = (label.startswith("attention") and not second) or "gemm" in label or (label.startswith("linear") and not plain)
+            assert bool(report["matrix"]) == dot, (label, target)
             if target.startswith("cuda") and label not in ("attention, 64 sequences, smollm2, merge",):
                 assert "16" in report["loads"], (label, target)
             if target.startswith("cuda") and label.startswith("linear, int4"):
-                assert report["permutes"] == 0, (label, target)
+                assert report["permutes"] * 20 <= report["loop"], (label, target)  # a zero point for both halves, once a group
                 assert report["loop"] > 100 or "reduce" in label or "512 rows" in label, "its loop was not found"
 
 

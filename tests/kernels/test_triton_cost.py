@@ -211,13 +211,14 @@ def test_the_page_is_made_from_the_results() -> None:
     assert PAGE.read_text() == render(list(FAMILIES.values()), load(""), load("-before"))
 
 
-def test_the_committed_prediction_is_what_the_code_gives() -> None:
+@pytest.mark.parametrize(("family", "case"), [("attention", "decode, 1 x 4096"), ("linear", "llama3.1-8b, bf16, 1 row")])
+def test_the_committed_prediction_is_what_the_code_gives(family: str, case: str) -> None:
     """One case, compiled again: the committed file is of today's kernels and of today's model."""
-    committed = json.loads((RESULTS / "predicted-attention.json").read_text())
+    committed = json.loads((RESULTS / f"predicted-{family}.json").read_text())
     if committed["triton"] != triton.__version__:
         pytest.skip(f"the predictions are of triton {committed['triton']}")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "minfer.kernels.triton.cost", "--family", "attention", "--only", "decode, 1 x 4096"]
+    command = [sys.executable, "-m", "minfer.kernels.triton.cost", "--family", family, "--only", case]
     done = subprocess.run([*command, "--print-json"], env=environment, capture_output=True, text=True, check=True)
     rows = {(row["case"], row["device"]): row for row in committed["cases"]}
     fresh = json.loads(done.stdout)["cases"]

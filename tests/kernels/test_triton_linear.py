@@ -11,12 +11,14 @@ from kernels.devices import DEVICE, DTYPES, close, randn
 from minfer.errors import ConfigError
 from minfer.kernels.ops import Ops, Weight
 from minfer.kernels.triton import TritonBackend
+from minfer.kernels.triton.linear_codes import TritonCodesWeight
+from minfer.kernels.triton.targets import Target
 from minfer.quant import PackedWeight, QuantScheme
 from minfer.quant.elements import LISTED
 
 
-def prepare(matrix, dtype: torch.dtype) -> Weight:  # type: ignore[no-untyped-def]
-    prepared = TritonBackend(DEVICE, dtype).prepare(matrix, dtype)
+def prepare(matrix, dtype: torch.dtype, target: Target | None = None) -> Weight:  # type: ignore[no-untyped-def]
+    prepared = TritonBackend(DEVICE, dtype, target).prepare(matrix, dtype)
     assert isinstance(prepared, Weight), prepared
     return prepared
 
@@ -59,11 +61,11 @@ def packed(n: int, k: int, element: str, group: int, mins: bool = False, seed: i
 ELEMENTS = [("int4", False), ("int4", True), ("int8", False), ("int8", True), ("fp8_e4m3", False), ("fp8_e5m2", False), ("nf4", False)]
 
 
-def check(matrix: PackedWeight, rows: int, dtype: torch.dtype) -> None:
+def check(matrix: PackedWeight, rows: int, dtype: torch.dtype, target: Target | None = None) -> None:
     n, k = matrix.shape
     x, bias = randn(rows, k + 8, dtype=dtype, seed=1)[:, :k], randn(n, dtype=dtype, seed=2)
     expected = torch.nn.functional.linear(x.double().cpu(), matrix.dequantize(torch.float64), bias.double().cpu())
-    got = prepare(matrix, dtype).linear(x, bias)
+    got = prepare(matrix, dtype, target).linear(x, bias)
     # The excess of the codes is taken off after the sum: 1024 instead of at most 15 goes through float32's 24 bits.
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     close(got, expected, tolerance * k**0.5 / 4)
@@ -77,10 +79,42 @@ def test_codes(rows: int, n: int, k: int, group: int, element: str, mins: bool, 
     check(packed(n, k, element, group, mins), rows, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("element", "mins"), [("int4", False), ("int4", True), ("fp8_e4m3", False), ("nf4", False)])
+@pytest.mark.parametrize(("n", "k", "group"), [(9, 32, 32), (20, 640, 128), (5, 200, 200)])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_codes_as_cdna_multiplies_by_them(rows: int, n: int, k: int, group: int, element: str, mins: bool, dtype: torch.dtype) -> None:
+    """No additions of pairs of 16-bit floats there: sums on the float pipe, and what is too much taken off outside."""
+    if DEVICE.type == "cuda" and torch.version.hip is None:
+        pytest.skip("on a GPU of NVIDIA's its own way is tested")
+    check(packed(n, k, element, group, mins), rows, dtype, Target(4, "hip:gfx942"))
+
+
+def with_zero_points(matrix: PackedWeight) -> PackedWeight:
+    zeros = torch.randint(0, 17, matrix.scales.shape, generator=torch.Generator().manual_seed(7))
+    halved = matrix.scales.half().float()
+    return dataclasses.replace(matrix, scales=halved, mins=-halved * zeros)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k", "group"), [(9, 32, 32), (20, 640, 128), (70, 512, 64)])
+@pytest.mark.parametrize("rows", [1, 3, 17, 65, 257])
+def test_zero_points(rows: int, n: int, k: int, group: int, dtype: torch.dtype) -> None:
+    """Minima that are integers times their scale are lifted in the operand, and keep no minimum."""
+    matrix = with_zero_points(packed(n, k, "int4", group, True))
+    weight = prepare(matrix, dtype)
+    assert isinstance(weight, TritonCodesWeight) and weight.mins is None and weight.zeros is not None
+    check(matrix, rows, dtype)
+    ids = torch.tensor([0, n - 1], device=DEVICE)
+    assert torch.equal(weight.embedding(ids).cpu(), matrix.dequantize()[ids.cpu()].to(dtype))
+
+
 @pytest.mark.parametrize("element", ["int4", "int8", "fp8_e4m3", "fp4_e2m1"])
 @pytest.mark.parametrize("rows", [5, 17, 65, 257])
 def test_tiles_splits_and_the_dequantised_product(rows: int, element: str) -> None:
     check(packed(66, 1024, element, 128, element.startswith("int")), rows, torch.float16)
+    plain = packed(66, 1024, element, 128)
+    check(dataclasses.replace(plain, scales=plain.scales.half().float()), rows, torch.float16)  # scales are of x's type
 
 
 @pytest.mark.parametrize("element", ["fp8_e4m3", "fp8_e5m2", "fp4_e2m1"])

@@ -14,6 +14,7 @@ import torch
 import triton.knobs
 
 from minfer.batch import Batch
+from minfer.config import Activations
 from minfer.errors import ConfigError
 from minfer.kernels.ops import Backend, StackedWeight, Weight
 from minfer.kernels.triton.act_mul import act_mul
@@ -22,21 +23,35 @@ from minfer.kernels.triton.attention import attention
 from minfer.kernels.triton.checks import FLOATS
 from minfer.kernels.triton.linear_codes import TritonCodesWeight
 from minfer.kernels.triton.linear_dense import TritonDenseWeight
+from minfer.kernels.triton.linear_w8a8 import TritonRoundedWeight
 from minfer.kernels.triton.rms_norm import rms_norm
 from minfer.kernels.triton.rotary import rotary
 from minfer.kernels.triton.targets import Target
+from minfer.kernels.triton.tuning import Tuning
 from minfer.kernels.triton.write_kv import write_kv
 from minfer.kvcache import LayerCache
 from minfer.quant import PackedWeight
 
 
 class TritonBackend(Backend):
-    """The kernels for one device; `target` is what they need to know of it, where it isn't here to be asked."""
+    """The kernels for one device.
+
+    activations: which 8-bit matrices meet rows that are rounded to 8 bits too: those that were calibrated for it (auto), int8 ones with a
+    scale a row as well (int8), or none. target: what kernels need to know of the device, where it isn't here to be asked. tuning: block
+    shapes to use in place of the committed ones.
+    """
 
     name = "triton"
     kv_formats = ("fp32", "bf16", "fp16", "int8", "int4")
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, target: Target | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        target: Target | None = None,
+        activations: Activations = "auto",
+        tuning: Tuning | None = None,
+    ) -> None:
         """Raises ConfigError for a device or type that the kernels can't run on."""
         if dtype not in FLOATS:
             raise ConfigError(f"backend triton computes in float32, bfloat16 or float16, not {dtype}")
@@ -46,6 +61,8 @@ class TritonBackend(Backend):
             raise ConfigError("Triton's interpreter computes bfloat16 products wrongly; use --dtype float32 or float16 with it")
         self.device = device
         self.target = target or Target.of(device)
+        self.activations = activations
+        self.tuning = tuning or Tuning.of(self.target.architecture)
 
     rms_norm = staticmethod(rms_norm)
     rotary = staticmethod(rotary)
@@ -67,11 +84,18 @@ class TritonBackend(Backend):
 
     def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
         if isinstance(weight, PackedWeight):
+            if self._rounds_rows(weight) and TritonRoundedWeight.reason_against(weight, self.target) is None:
+                return TritonRoundedWeight(weight, dtype, self.device, self.target, self.tuning)
             reason = TritonCodesWeight.reason_against(weight)
-            return reason or TritonCodesWeight(weight, dtype, self.device, self.target)
+            return reason or TritonCodesWeight(weight, dtype, self.device, self.target, self.tuning)
         if weight.dtype != dtype:
             return f"a {weight.dtype} matrix can't multiply {dtype} activations; cast it first"
         return TritonDenseWeight(weight.to(self.device).contiguous())
+
+    def _rounds_rows(self, weight: PackedWeight) -> bool:
+        if self.activations == "none":
+            return False
+        return weight.scheme.activation != "none" or (self.activations == "int8" and weight.scheme.element == "int8")
 
     def stack(self, parts: Sequence[Weight]) -> Weight:
         dense = [part.tensor for part in parts if isinstance(part, TritonDenseWeight)]

@@ -101,6 +101,8 @@ _TYPES = {
     torch.int16: "i16",
     torch.int8: "i8",
     torch.uint8: "u8",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e4m3fnuz: "fp8e4b8",
 }
 
 
@@ -123,7 +125,7 @@ def compile_target(target: str, only: str) -> dict[str, Report]:
     from minfer.kernels.triton import TritonBackend  # under the interpreter, there are no kernels to compile
     from minfer.kernels.triton.aot_cases import CASES, DTYPE, META
 
-    backend = TritonBackend(META, DTYPE, Target(132, target.startswith("cuda"), SHARED_LIMIT[target]))
+    backend = TritonBackend(META, DTYPE, Target(132, target, SHARED_LIMIT[target]))
     reports: dict[str, Report] = {}
     seen: set[str] = set()
     for name, case in CASES.items():

@@ -6,7 +6,7 @@ Shapes are llama3.1-8b's (4096 wide, 32 query and 8 KV heads of 128) unless the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -71,26 +71,30 @@ def _linear(matrix: torch.Tensor | PackedWeight, rows: int) -> Case:
     return call
 
 
-def _packed(element: Element, group: int) -> PackedWeight:
-    """int4 with minima, as AWQ has them; the others without."""
+def _packed(element: Element, group: int, activation: Literal["none", "int8", "fp8"] = "none") -> PackedWeight:
+    """int4 with zero points, as AWQ has them; the others without."""
     n, k = 6144, 4096
     scales = meta(n, k // group, dtype=torch.float32)
     mins = scales if element == "int4" else None
     levels = torch.linspace(-1, 1, 16) if element in LISTED else None
-    return PackedWeight(meta(n, k, dtype=torch.int8), scales, mins, QuantScheme(element, group, mins is None), levels)
+    return PackedWeight(meta(n, k, dtype=torch.int8), scales, mins, QuantScheme(element, group, mins is None, activation), levels)
 
 
 def _products() -> dict[str, Case]:
     cases: dict[str, Case] = {}
-    for name, element, group, rows_of in (
-        ("int4", "int4", 128, (1, 16, 64, 512)),
-        ("int4 in 32s", "int4", 32, (1, 16)),
-        ("int8", "int8", 128, (1, 64)),
-        ("fp8", "fp8_e4m3", 4096, (1, 16, 64)),
-        ("nf4", "nf4", 64, (1, 16)),
+    for name, matrix, rows_of in (
+        ("int4", _packed("int4", 128), (1, 16, 64, 256, 512)),
+        ("int4 in 32s", _packed("int4", 32), (16,)),
+        ("int8", _packed("int8", 128), (16,)),
+        ("fp8", _packed("fp8_e4m3", 4096), (1, 256)),
+        ("nf4", _packed("nf4", 64), (16,)),
+        ("mxfp4", _packed("fp4_e2m1", 32), (16,)),
+        ("int8 x int8", _packed("int8", 4096, "int8"), (16, 512)),
+        ("fp8 x fp8", _packed("fp8_e4m3", 4096, "fp8"), (16, 512)),
+        ("fp8 x fp8, blocks", _packed("fp8_e4m3", 128, "fp8"), (512,)),
     ):
         for rows in rows_of:
-            cases[f"linear, {name}, {rows} row{'s' * (rows > 1)}"] = _linear(_packed(element, group), rows)  # type: ignore[arg-type]
+            cases[f"linear, {name}, {rows} row{'s' * (rows > 1)}"] = _linear(matrix, rows)
     return cases
 
 

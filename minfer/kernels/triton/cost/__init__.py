@@ -7,7 +7,9 @@ What it starts from is the machine code that the GPU would run (`aot` makes it),
     warp       a quarter of a processor, cycle by cycle: its resident warps issue in order, wait for registers, for copies in
                flight and for each other's use of the pipes and of the memory
     predict    how many programs fit, how long each takes at that crowding, and how the grid is spread over the processors
-    attention  the calls of the attention family, and how much work is in each launch: a table. Other families: a table each
+    attention  the calls of the attention family, and how much work is in each launch: a table
+    linear     the same for products with quantised matrices
+    step       a whole step against the sum of its kernels
     report     results/gpu/predicted-FAMILY.json, and docs/performance-gpu.md out of all of those
 
     python -m minfer.kernels.triton.cost --family attention

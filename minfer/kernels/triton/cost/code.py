@@ -62,7 +62,7 @@ def _sass(text: str) -> Instruction:
         from_registers = operands[1].startswith("R")
         reads = _run(operands[1], 4) if from_registers else ()
         # Four warps share it. B comes from shared memory, once for all of them, and A too where no register holds it.
-        fed = (n * k + (0 if from_registers else m * k)) * 2 // (4 * 32)
+        fed = (n * k + (0 if from_registers else m * k)) * (2 if base == "HGMMA" else 1) // (4 * 32)
         return Instruction(text, "matrix", _run(operands[0], n // 2), reads, bytes=fed, operations=2 * m * n * k // 4)
     if base in ("LDGDEPBAR", "DEPBAR", "WARPGROUP", "BAR", "WARPSYNC"):
         count = re.search(r"0x([0-9a-f]+)$", text)

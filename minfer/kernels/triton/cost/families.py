@@ -1,8 +1,8 @@
-"""The families that are predicted, in the page's order. One of linear products joins by a table like `attention`'s."""
+"""The families that are predicted, in the page's order."""
 
 from __future__ import annotations
 
-from minfer.kernels.triton.cost import attention
+from minfer.kernels.triton.cost import attention, linear
 from minfer.kernels.triton.cost.family import Family
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (attention.FAMILY,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (attention.FAMILY, linear.FAMILY)}

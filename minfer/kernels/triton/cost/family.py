@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ class Case:
     operations: int
     unit: str = "bf16"
     devices: Sequence[str] = ("H100 SXM", "H200 SXM", "MI300X")
+    compiled_as: Callable[[Launch], Launch] = lambda launch: launch  # a launch with the same code, that other cases compile too
 
 
 @dataclass(frozen=True)
@@ -56,4 +57,5 @@ class Family:
     intro: str = ""
     checks: Sequence[Check] = ()
     changes: Sequence[Change] = field(default_factory=tuple)
+    more: Callable[[Mapping[str, Any]], list[str]] | None = None  # lines of the page that are made from all families' results
     first: Sequence[str] = ()  # what a run on the device has to check, in this order

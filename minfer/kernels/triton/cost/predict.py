@@ -45,10 +45,12 @@ class Work:
 
     turns: Sequence[tuple[int, ...]]
     bytes: int  # that have to move at least once
-    cold: float = 1.0  # share of what the programs load that must come from memory: the rest is in L2
+    cold: float = 1.0  # share of what the programs load that must come from memory
     operations: int = 0
     unit: str = "bf16"
     searches: int = 0  # loads that depend on one another, before the loops
+    weights: int = 0  # that a program multiplies by in a turn
+    near: float = 0.0  # share that no L2 is asked for: it is in the processor's own cache, or a warp's lanes ask for the same
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ def _crowd(code: Code, work: Work, device: Device, resident: int, programs: int)
     # The memory serves whoever asks: a processor with more programs than others gets more of it, as far as its port carries that.
     parts = max(1.0, min(programs, device.processors * resident) / resident) * quarters
     port = device.l2_port / quarters
-    share = Share(min(port, device.read_bandwidth / device.clock / parts), min(port, device.l2_bandwidth / device.clock / parts), work.cold)
+    memory, l2 = (min(port, rate / device.clock / parts) for rate in (device.read_bandwidth, device.l2_bandwidth))
+    share = Share(memory, l2, work.cold, work.near)
     outside = Share(share.memory, share.l2, 0.0 if code.loops else work.cold)  # what stands before a loop was just written, and small
     before = simulate(code.before, device, outside, warps, 1)
     around = before.cycles + simulate(code.after, device, outside, warps, 1).cycles + work.searches * device.l2_latency

@@ -59,16 +59,19 @@ def predict_family(family: Family, compiler: Compiler, only: str = "") -> Json:
 
 
 def _case(case: Case, device: Device, compiler: Compiler) -> Json:
-    target = Target(device.processors, device.nvidia, SHARED_LIMIT[device.target])
+    target = Target(device.processors, device.target, SHARED_LIMIT[device.target])
     with launches_caught() as caught:
         case.call(TritonBackend(META, DTYPE, target))
     launches, seconds = [], 0.0
     for launch in caught:
         kernel = launch.function.fn.__name__
-        code = compiler.code(launch, device.target)
-        prediction = predict(code, case.work(kernel, launch), device)
+        code, work = compiler.code(case.compiled_as(launch), device.target), case.work(kernel, launch)
+        prediction = predict(code, work, device)
         seconds += prediction.seconds
-        launches.append({"kernel": kernel.removesuffix("_kernel"), **_compiled(code), **prediction.row()})
+        entry = {"kernel": kernel.removesuffix("_kernel"), **_compiled(code), **prediction.row()}
+        if work.weights:
+            entry["per_weight"] = round(sum(entry["loop"].values()) * code.warps * device.lanes / work.weights, 2)
+        launches.append(entry)
     least = floor(device, case.bytes, case.operations, case.unit)
     longest = max(launches, key=lambda entry: float(entry["predicted_us"]))
     return {
@@ -133,11 +136,12 @@ def render(families: Sequence[Family], results: dict[str, Json], before: dict[st
     lines = [_INTRO]
     for family in families:
         if family.name in results:
-            lines += _section(family, results[family.name], before.get(family.name))
+            lines += _section(family, results, before.get(family.name))
     return "\n".join(lines)
 
 
-def _section(family: Family, result: Json, before: Json | None) -> list[str]:
+def _section(family: Family, results: dict[str, Json], before: Json | None) -> list[str]:
+    result = results[family.name]
     lines = [f"## {family.title}", ""]
     if family.intro:
         lines += [family.intro, ""]
@@ -156,6 +160,8 @@ def _section(family: Family, result: Json, before: Json | None) -> list[str]:
             "launch | registers | shared KiB | warps | programs | resident | turn | instructions of a turn, by pipe",
             (_launch_row(row, launch) for row in rows for launch in row["launches"]),
         )
+    if family.more is not None:
+        lines += family.more(results)
     if family.first:
         lines += ["### What a run on a device must check first", ""]
         lines += [f"{number}. {text}" for number, text in enumerate(family.first, 1)] + [""]
@@ -176,6 +182,8 @@ def _case_row(row: Json) -> str:
 
 def _launch_row(row: Json, launch: Json) -> str:
     mix = ", ".join(f"{pipe} {count}" for pipe, count in launch["loop"].items())
+    if "per_weight" in launch:
+        mix += f"; {launch['per_weight']} a weight"
     cells = (
         f"{row['case']}: {launch['kernel']}", launch["registers"], f"{launch['shared'] / 1024:.1f}", launch["warps"], launch["programs"],
         launch["resident"], launch["turn_cycles"], mix,

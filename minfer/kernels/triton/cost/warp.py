@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from minfer.kernels.triton.cost.code import Instruction, half_rate
 from minfer.kernels.triton.cost.devices import Device
 
+_EIGHT_BITS = ("IMMA", "IGMMA", "QMMA", "QGMMA", "v_mfma_i32", "v_mfma_f32_16x16x32_fp8", "v_mfma_f32_32x32x16_fp8")  # at twice the rate
 _BARRIER = 20  # cycles
 _LATENCY = {"fma": 5, "alu": 6, "special": 20, "matrix": 25}  # NVIDIA; of matrix units beyond the cycles they are busy
 _AMD_LATENCY = {"fma": 4, "alu": 4, "special": 16, "matrix": 8}
@@ -28,11 +29,13 @@ _NARROW = 128  # bytes that a warp moves at most where a thread loads less than 
 
 @dataclass(frozen=True)
 class Share:
-    """What this quarter gets of the device: bytes a cycle, and how much of what is loaded has to come from memory, not from L2."""
+    """What this quarter gets of the device: bytes a cycle, and how much of what is loaded has to come from memory, and how much not even
+    from L2."""
 
     memory: float
     l2: float
     cold: float
+    near: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ def _occupied(instruction: Instruction, device: Device) -> float:
     if pipe == "shared":
         return max(4.0, instruction.bytes * lanes / 32)  # a processor moves 128 bytes a cycle, or one request
     if pipe == "matrix":
-        rate = device.matrix["int8" if instruction.text.startswith(("IMMA", "IGMMA", "v_mfma_i32")) else "bf16"] / 4
+        rate = device.matrix["int8" if instruction.text.startswith(_EIGHT_BITS) else "bf16"] / 4
         rate *= device.legacy_matrix if instruction.legacy else 1.0
         return max(instruction.operations / rate, instruction.bytes * lanes / 32)
     if not device.nvidia:
@@ -158,9 +161,10 @@ def _moved(
     instruction: Instruction, now: float, device: Device, share: Share, free: Counter[str], busy: Counter[str], widest: int
 ) -> float:
     moved, cold = instruction.bytes * device.lanes, share.cold
+    asked = 1 - share.near
     if instruction.bytes * 2 < widest:
-        moved, cold = min(moved, _NARROW), 0.0
-    for server, rate, amount in (("l2", share.l2, moved), ("dram", share.memory, moved * cold)):
+        moved, cold, asked = min(moved, _NARROW), 0.0, 1.0
+    for server, rate, amount in (("l2", share.l2, moved * asked), ("dram", share.memory, moved * cold)):
         free[server] = max(free[server], now) + amount / rate  # type: ignore[assignment]
         busy[server] += amount / rate  # type: ignore[assignment]
     arrived = max(free["l2"], free["dram"] if cold else 0.0)
