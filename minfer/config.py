@@ -26,6 +26,7 @@ PolicyName = Literal["fcfs", "priority", "fair"]
 Speculative = Literal["none", "ngram", "draft", "skip"]
 ForcedTokens = Literal["auto", "on", "off"]
 GuidedBackend = Literal["llguidance", "xgrammar"]
+Overlap = Literal["auto", "on", "off"]
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -55,6 +56,11 @@ class EngineConfig:
         "CPU, and on a GPU what the matrix was calibrated for: int8, fp8 or none.",
     )
     graphs: bool = option(True, "Record the model's step once and replay it without Python between its ops, where the kernels allow it.")
+    overlap: Overlap = option(
+        "auto",
+        "Launch the next step before the tokens of this one are waited for, so that a GPU never waits for the host; auto is on for GPUs "
+        "and off on the CPU, where both share the cores. Steps with drafts, penalties, bad words, log-probabilities or grammars wait.",
+    )
     threads: int | None = option(None, "CPU threads (default: the physical cores this process may use).")
     max_model_len: int | None = option(None, "Longest prompt plus output, in tokens (default: what the model was trained for).")
     block_size: int = option(16, "Tokens in one KV-cache block.")
@@ -118,6 +124,7 @@ class EngineConfig:
             ("speculative", Speculative),
             ("forced_tokens", ForcedTokens),
             ("guided_backend", GuidedBackend),
+            ("overlap", Overlap),
         ):
             if getattr(self, name) not in get_args(kind):
                 self._fail(name, f"must be one of {', '.join(get_args(kind))}")
@@ -147,6 +154,10 @@ class EngineConfig:
                 "max_num_batched_tokens",
                 f"must be at least max_num_seqs={self.max_num_seqs}, or running sequences would starve; raise it or lower max_num_seqs",
             )
+
+    def overlaps(self, device: str) -> bool:
+        """Whether steps overlap on this type of device."""
+        return self.overlap == "on" or (self.overlap == "auto" and device != "cpu")
 
     def layers_kept(self, num_layers: int) -> list[int]:
         """The layers with which --speculative skip drafts."""

@@ -57,6 +57,11 @@ class SamplingParams:
     # Filled by the engine, which alone knows the tokenizer: `bad_words` as token-id sequences, `structured_outputs` compiled.
     bad_word_token_ids: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
     grammar: object = field(default=None, repr=False)
+    # Made of the others once, because every step asks every request.
+    plain: bool = field(
+        init=False, repr=False
+    )  # the most likely token that a grammar, if there is one, allows; nothing else changes logits
+    looks_back: bool = field(init=False, repr=False)  # picking a token takes the tokens before it, or its scores are wanted
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # the one place where a frozen instance normalises itself
@@ -93,6 +98,11 @@ class SamplingParams:
         self._check_lists()
         if self.structured_outputs is not None:
             put(self, "structured_outputs", self._structured(self.structured_outputs))
+        penalised = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        banned = bool(self.bad_word_token_ids or self.bad_words) or self.min_tokens > 0
+        guided = self.structured_outputs is not None or self.grammar is not None
+        put(self, "looks_back", penalised or banned or guided or self.logprobs is not None)
+        put(self, "plain", self.greedy and not penalised and not banned and not self.logit_bias and self.logprobs is None)
 
     def _structured(self, wish: StructuredOutputsParams | Mapping[str, Any]) -> StructuredOutputsParams:
         if isinstance(wish, Mapping):
@@ -134,7 +144,7 @@ class SamplingParams:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> SamplingParams:
         """Builds one from a caller's dictionary, refusing names that are not fields."""
-        known = {f.name for f in fields(cls)} - {"bad_word_token_ids", "grammar"}
+        known = {f.name for f in fields(cls) if f.init} - {"bad_word_token_ids", "grammar"}
         unknown = sorted(set(values) - known)
         if unknown:
             raise RequestError(f"unknown sampling parameter {unknown[0]!r}; known are {', '.join(sorted(known))}", param=unknown[0])

@@ -4,8 +4,7 @@
     decode    tokens after that moment / the time they took
 
 Prompts are random token ids, new ones for every repeat, so that the prefix cache can't help; end-of-text is ignored, so that every
-run does the same work. Beside the speeds stands what the host spends outside the model per decode step, part by part; on a GPU
-the model runs while the host goes on, so there `sample` includes waiting for it.
+run does the same work. Beside the speeds stands what the host spends per decode step, part by part, outside the model and the wait for it.
 """
 
 from __future__ import annotations
@@ -46,12 +45,24 @@ def bench(
     batch_size: Annotated[int, typer.Option(help="Requests that run together.", min=1)] = 1,
     repeats: Annotated[int, typer.Option(help="Measured runs; the median is reported.", min=1)] = 3,
     warmup: Annotated[int, typer.Option(help="Runs before them that don't count.", min=0)] = 1,
+    simulate: Annotated[
+        str | None, typer.Option(help="Play this GPU (h100, h200) to see whether the host keeps up with it; see docs/host-time.md.")
+    ] = None,
 ) -> None:
     """Measure prefill and decode speed, memory, and the host's cost per step."""
     if batch_size > engine.max_num_seqs:
         raise ConfigError(f"--batch-size {batch_size} is above max_num_seqs={engine.max_num_seqs}; add --max-num-seqs {batch_size}")
-    llm, phases = load_llm(terminal, engine)
     shape = Shape(prompt_tokens, output_tokens, batch_size)
+    if simulate is not None:
+        from minfer.cli import simulated
+
+        played = simulated.simulate(engine, simulate, shape)
+        if terminal.json:
+            terminal.result(played)
+        else:
+            terminal.table(simulated.rows(played))
+        return
+    llm, phases = load_llm(terminal, engine)
     _check_context(shape, llm.engine)
     rng = random.Random(engine.seed or 0)
     runs = _runs(terminal, llm.engine, shape, rng, warmup, repeats)

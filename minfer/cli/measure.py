@@ -100,7 +100,7 @@ def measure(engine: Engine, shape: Shape, rng: random.Random) -> Run:
 
 
 def _snapshot(times: StepTimes) -> dict[str, float]:
-    return {part: getattr(times, part) for part in (*HOST_PARTS, "forward")}
+    return {part: getattr(times, part) for part in (*HOST_PARTS, "forward", "wait")}
 
 
 def peak_memory() -> int:

@@ -166,7 +166,7 @@ def sampling_flags(*, leave_out: Iterable[str] = (), **defaults: Any) -> FlagGro
 def flags_of(cls: type) -> list[Flag]:
     """A flag for each field of a dataclass, in order. Raises TypeError for a field whose type has no spelling at a shell."""
     hints = typing.get_type_hints(cls)
-    return [_flag(f, hints[f.name]) for f in dataclasses.fields(cls) if f.name not in _FILLED_BY_THE_ENGINE]
+    return [_flag(f, hints[f.name]) for f in dataclasses.fields(cls) if f.init and f.name not in _FILLED_BY_THE_ENGINE]
 
 
 def _flag(f: dataclasses.Field[Any], hint: Any) -> Flag:

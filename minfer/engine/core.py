@@ -3,6 +3,15 @@
 decide what to run  ->  run it  ->  sample  ->  remember
 
 With speculation, "sample" gives a token for every drafted position too, and "remember" keeps those that turned out right.
+
+A device that runs beside the host need not wait for it: with *overlap*, the next step is decided, built and launched before this one's
+tokens are waited for. The device passes them on itself, and what the host does with them, it does while the next step runs.
+
+    host    launch 1 | launch 2 | wait 1 | remember 1, text | launch 3 | wait 2 | remember 2, text | launch 4 ..
+    device             step 1 ...........| step 2 ............................. | step 3 ....................
+
+It is the same loop and gives the same tokens. A request that ends with a token of step 1 has a row in step 2, which is thrown away;
+one whose next token depends on the ones before by more than the model (penalties, a grammar, drafts) makes the loop wait.
 """
 
 from __future__ import annotations
@@ -16,10 +25,10 @@ import torch
 from minfer.errors import ConfigError
 from minfer.kvcache import KVCache
 from minfer.models import Model
-from minfer.runner import BatchBuilder, DraftHead, LoadedModel, ModelRunner, RowSpan
+from minfer.runner import BatchBuilder, DraftHead, LoadedModel, ModelRunner, Newest, RowSpan
 from minfer.runner.decode_graphs import DecodeGraphs
 from minfer.runner.graphs import Graph, can_capture, can_capture_on_gpu, capture
-from minfer.sampling import LogitsProcessor, RowLogprobs, Sampler, SamplerOutput, SamplingRow, prompt_logprobs
+from minfer.sampling import Drawn, LogitsProcessor, RowLogprobs, Sampler, SamplerOutput, SamplingRow, prompt_logprobs
 from minfer.scheduler import Request, ScheduledRequest, Scheduler, SchedulerOutput, create_policy
 from minfer.speculative import (
     DraftModelProposer,
@@ -44,13 +53,17 @@ Pooled = tuple[int, torch.Tensor]  # (position, sum of the hidden states from th
 
 @dataclass(slots=True)
 class StepTimes:
-    """Seconds spent in each part of the loop, and in how many steps: what the host costs beside the model."""
+    """Seconds spent in each part of the loop, and in how many steps: what the host costs beside the model.
+
+    On a GPU `forward` and `sample` launch what the device is to do, and `wait` is for the device.
+    """
 
     steps: int = 0
     schedule: float = 0.0
     build: float = 0.0
     forward: float = 0.0
     sample: float = 0.0
+    wait: float = 0.0
     update: float = 0.0
 
     def add(self, other: StepTimes) -> None:
@@ -59,6 +72,7 @@ class StepTimes:
         self.build += other.build
         self.forward += other.forward
         self.sample += other.sample
+        self.wait += other.wait
         self.update += other.update
 
 
@@ -80,12 +94,24 @@ class CoreStep:
     plan: SchedulerOutput
     outputs: list[CoreOutput] = field(default_factory=list)
     failed: list[Request] = field(default_factory=list)  # ended with "error": the model gave no distribution to sample from
-    times: StepTimes = field(default_factory=StepTimes)  # of this step alone
+    times: StepTimes = field(default_factory=StepTimes)  # of the turn of the loop that ended it: another step may have been launched
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    """A step that was launched."""
+
+    plan: SchedulerOutput
+    rows: list[SamplingRow]  # what is being drawn, and for whom
+    drawn: Drawn
+    scores: dict[Request, Scores]
+    pooled: dict[Request, Pooled]
 
 
 class EngineCore:
     """`proposer` takes the place of the one that the config asks for; to watch a model's inner states, say. `forced` names the
-    tokens that the form of a request's output leaves no choice about.
+    tokens that the form of a request's output leaves no choice about. `may_overlap` is False where a processor wants to see all tokens
+    of requests that don't look back themselves.
     """
 
     def __init__(
@@ -94,6 +120,8 @@ class EngineCore:
         processors: Sequence[LogitsProcessor] = (),
         proposer: Proposer | None = None,
         forced: Forced | None = None,
+        *,
+        may_overlap: bool = True,
     ) -> None:
         config = loaded.config
         self.loaded = loaded
@@ -106,62 +134,86 @@ class EngineCore:
             policy=create_policy(config.policy),
             prefix_caching=config.prefix_caching,
         )
-        self.sampler = Sampler(loaded.model_config.vocab_size, loaded.device, processors, loaded.ops.argmax, loaded.ops.sample)
+        self.sampler = _sampler(loaded, processors)
         proposer = proposer or _proposer(loaded, self.scheduler, processors)
         self.speculation = None if proposer is None else Speculation(proposer, config.num_draft_tokens, config.adaptive_drafts)
         self.forced = None if forced is None or not _drafts_forced(loaded) else ForcedDrafts(forced)
         after = () if proposer is None else proposer.after
         graph = _graph(loaded, loaded.model, loaded.cache, after)
         self.runner = ModelRunner(loaded.model, loaded.cache, _builder(loaded), graph, after)
+        self.overlaps = may_overlap and proposer is None and config.overlaps(loaded.device.type)
         self.times = StepTimes()
+        self._ahead: _UnderWay | None = None  # the step after the one whose outcome was returned last
 
     @torch.inference_mode()
     def step(self) -> CoreStep:
-        """One turn of the loop. With nothing to do it returns an empty step."""
+        """One turn of the loop: the outcome of one step. With nothing to do it is that of an empty step."""
+        times = StepTimes(1)
+        step = self._ahead or self._launch(times)
+        if step is None:
+            return CoreStep(SchedulerOutput())
+        self._ahead = self._launch(times, step) if self._may_run_ahead_of(step) else None
+        launched = time.perf_counter()
+        sampled = step.drawn.wait()
+        known = time.perf_counter()
+        times.wait = known - launched
+        if self.speculation is not None and all(item.decodes for item in step.plan.scheduled):
+            self.speculation.costs.observe(step.plan.num_tokens, times.build + times.forward + times.sample + times.wait)
+        done = self._remember(step, sampled)
+        settled = () if self.forced is None else self.forced.draft(step.plan.scheduled)
+        if self.speculation is not None:
+            self.speculation.draft(step.plan.scheduled, self.runner.states, settled)
+        times.update = time.perf_counter() - known
+        done.times = times
+        self.times.add(times)
+        return done
+
+    def _may_run_ahead_of(self, step: _UnderWay) -> bool:
+        """Whether the next step can be launched before this one's tokens are known to the host."""
+        return self.overlaps and not any(row.params.looks_back for row in step.rows)
+
+    def _launch(self, times: StepTimes, before: _UnderWay | None = None) -> _UnderWay | None:
+        """Decides a step and has the device begin it; None where there is nothing to run. `before` is the step still under way."""
         t0 = time.perf_counter()
         plan = self.scheduler.schedule()
         if not plan.scheduled:
-            return CoreStep(plan)
-        spans = [_spans(item) for item in plan.scheduled]
+            return None
+        spans: list[RowSpan] = []
+        wanted = [_add_spans(item, spans) for item in plan.scheduled]
         t1 = time.perf_counter()
         built = self.runner.build_seconds
         if self.speculation is not None:
             self.speculation.proposer.copy_blocks(plan.copies)
-        hidden = self.runner.run([row for rows in spans for row in rows], plan.copies)  # [S, H], the rows that spans ask for
-        wanted = [sum(row.logits for row in rows) for rows in spans]
-        scores, pooled = self._score_prompts(plan, wanted, hidden), _pool(plan, wanted, hidden)
+        newest = None if before is None else _newest(plan, before)
+        hidden = self.runner.run(spans, plan.copies, newest)  # [S, H], the rows that spans ask for
         rows, at = _sampling_rows(plan, wanted)
+        scores, pooled = self._score_prompts(plan, wanted, hidden), _pool(plan, wanted, hidden)
         logits = self.runner.logits(hidden if len(at) == len(hidden) else hidden[at])
         t2 = time.perf_counter()
-        sampled = self.sampler.sample(logits, rows)
-        t3 = time.perf_counter()
-        if self.speculation is not None and all(item.decodes for item in plan.scheduled):
-            self.speculation.costs.observe(plan.num_tokens, t3 - t1)
-        step = self._remember(plan, sampled, scores, pooled)
-        settled = () if self.forced is None else self.forced.draft(plan.scheduled)
-        if self.speculation is not None:
-            self.speculation.draft(plan.scheduled, self.runner.states, settled)
+        drawn = self.sampler.draw(logits, rows)
         built = self.runner.build_seconds - built
-        step.times = StepTimes(1, t1 - t0, built, t2 - t1 - built, t3 - t2, time.perf_counter() - t3)
-        self.times.add(step.times)
-        return step
+        times.schedule += t1 - t0
+        times.build += built
+        times.forward += t2 - t1 - built
+        times.sample += time.perf_counter() - t2
+        return _UnderWay(plan, rows, drawn, scores, pooled)
 
-    def _remember(
-        self, plan: SchedulerOutput, sampled: SamplerOutput, scores: dict[Request, Scores], pooled: dict[Request, Pooled]
-    ) -> CoreStep:
-        outputs, failed = self._verify(plan, sampled)
+    def _remember(self, step: _UnderWay, sampled: SamplerOutput) -> CoreStep:
+        scores = [(request, score) for request, score in step.scores.items() if not request.finished]  # by an abort, since it was launched
+        pooled = [(request, vector) for request, vector in step.pooled.items() if not request.finished]
+        outputs, failed = self._verify(step.plan, sampled)
         for request in failed:
             self.scheduler.finish(request, "error")
-        said = {request: len(request.output_token_ids) for request in outputs}
-        self.scheduler.update(plan, {request: output.token_ids for request, output in outputs.items()})
-        for request, output in outputs.items():
-            taken = len(request.output_token_ids) - said[request]  # what follows a token that ends the request was never said
+        said = {request: len(request.output_token_ids) for request, output in outputs.items() if len(output.token_ids) > 1}
+        self.scheduler.update(step.plan, {request: output.token_ids for request, output in outputs.items()})
+        for request, before in said.items():
+            output, taken = outputs[request], len(request.output_token_ids) - before  # what follows the token that ended it was never said
             del output.token_ids[taken:], output.logprobs[taken:]
-        for request, score in scores.items():
+        for request, score in scores:
             outputs.setdefault(request, CoreOutput(request)).prompt_logprobs = score
-        for request, vector in pooled.items():
+        for request, vector in pooled:
             outputs.setdefault(request, CoreOutput(request)).pooled = vector
-        return CoreStep(plan, list(outputs.values()), failed)
+        return CoreStep(step.plan, list(outputs.values()), failed)
 
     def _verify(self, plan: SchedulerOutput, sampled: SamplerOutput) -> tuple[dict[Request, CoreOutput], list[Request]]:
         """Each request's new tokens, and the requests for which there was no distribution to draw one of them from."""
@@ -173,17 +225,20 @@ class EngineCore:
                 continue
             request, start = item.request, row
             row += 1 + len(item.drafts)
-            item.kept = accepted(item.drafts, item.parents, sampled.token_ids[start:row])
-            at = [start, *(start + number for number in item.kept)]
             if request.finished:
                 continue
-            if any(bad in at for bad in sampled.failed):
+            at = [start]
+            if item.drafts:
+                item.kept = accepted(item.drafts, item.parents, sampled.token_ids[start:row])
+                at += (start + number for number in item.kept)
+            if sampled.failed and any(bad in at for bad in sampled.failed):
                 failed.append(request)
                 continue
             outputs[request] = CoreOutput(request, [sampled.token_ids[i] for i in at], [sampled.logprobs[i] for i in at])
             if item.drafts and (self.forced is None or not self.forced.verified(item)) and self.speculation is not None:
                 self.speculation.verified(item)
-            self._join_branch(item)
+            if item.parents:
+                self._join_branch(item)
         return outputs, failed
 
     def _join_branch(self, item: ScheduledRequest) -> None:
@@ -224,6 +279,11 @@ def _drafts_forced(loaded: LoadedModel) -> bool:
     return config.forced_tokens == "on" or (config.forced_tokens == "auto" and not (loaded.device.type == "cuda" and config.graphs))
 
 
+def _sampler(loaded: LoadedModel, processors: Sequence[LogitsProcessor]) -> Sampler:
+    ops = loaded.ops
+    return Sampler(loaded.model_config.vocab_size, loaded.device, processors, ops.argmax, ops.sample, ops.fetch)
+
+
 def _builder(loaded: LoadedModel) -> BatchBuilder:
     config = loaded.config
     rows, depth = config.max_num_seqs, 0
@@ -250,7 +310,7 @@ def _proposer(loaded: LoadedModel, scheduler: Scheduler, processors: Sequence[Lo
         return NgramProposer(config.ngram_min_match)
     if config.speculative == "none":
         return None
-    sampler = Sampler(loaded.model_config.vocab_size, loaded.device, processors, loaded.ops.argmax, loaded.ops.sample)
+    sampler = _sampler(loaded, processors)
     if config.speculative == "skip":
         kept = config.layers_kept(loaded.model_config.num_layers)
         model, cache = loaded.model.with_layers(kept), loaded.cache.with_layers(kept)
@@ -292,22 +352,44 @@ def _pool(plan: SchedulerOutput, wanted: list[int], hidden: torch.Tensor) -> dic
     return pooled
 
 
-def _spans(item: ScheduledRequest) -> list[RowSpan]:
-    """The rows of one request: its tokens and drafts, and a row for each draft that branches off, in the drafts' order."""
+def _add_spans(item: ScheduledRequest, spans: list[RowSpan]) -> int:
+    """Adds the rows of one request: its tokens and drafts, and a row for each draft that branches off, in the drafts' order.
+
+    Returns how many of their logits are wanted.
+    """
     if item.request.pooling is not None:
         logits = item.num_new_tokens if item.request.pooling == "mean" else int(item.reaches_end)
     else:
         logits = item.num_new_tokens if _wants_scores(item) else (1 + len(item.drafts) if item.samples else 0)
+    if not item.drafts:
+        spans.append(RowSpan(item.request, item.start, item.num_new_tokens, logits))
+        return logits
     straight = trunk(len(item.drafts), item.parents)
     branched = len(item.drafts) - straight
     count = item.num_new_tokens - branched
-    rows = [RowSpan(item.request, item.start, count, logits - branched, item.drafts[:straight])]
+    spans.append(RowSpan(item.request, item.start, count, logits - branched, item.drafts[:straight]))
     newest = item.start + count - straight - 1
     for number in range(straight + 1, len(item.drafts) + 1):
         on_way = way(number, item.parents)
         tail = [newest + draft for depth, draft in enumerate(on_way, 1) if draft != depth]
-        rows.append(RowSpan(item.request, newest + len(on_way), 1, 1, item.drafts[number - 1 : number], tail))
-    return rows
+        spans.append(RowSpan(item.request, newest + len(on_way), 1, 1, item.drafts[number - 1 : number], tail))
+    return logits
+
+
+def _newest(plan: SchedulerOutput, before: _UnderWay) -> Newest:
+    """Which tokens of this step are those that the step before it is drawing: the last one of everybody who had a row there."""
+    requests = [item.request for item in plan.scheduled]
+    if requests == before.rows:
+        return Newest(before.drawn.tokens)
+    row_of = {row: index for index, row in enumerate(before.rows)}
+    at, rows, end = [], [], 0
+    for item in plan.scheduled:
+        end += item.num_new_tokens
+        row = row_of.get(item.request)
+        if row is not None:
+            at.append(end - 1)
+            rows.append(row)
+    return Newest(before.drawn.tokens, at, rows)
 
 
 def _sampling_rows(plan: SchedulerOutput, wanted: list[int]) -> tuple[list[SamplingRow], list[int]]:

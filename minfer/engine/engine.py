@@ -8,8 +8,9 @@ the model left behind can't be trusted, and a supervisor that restarts the proce
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from minfer.config import EngineConfig
 from minfer.engine.calibrated import calibrated
@@ -37,8 +38,9 @@ class Engine:
         padded = tokenizer is not None and tokenizer.vocab_size < loaded.model_config.vocab_size
         own = [PaddedVocabulary(tokenizer.vocab_size)] if padded and tokenizer is not None else []
         self.grammar_masks = GrammarMasks()
-        processors = [*own, *processors, self.grammar_masks]  # the grammar has the last word
-        self.core = EngineCore(loaded, processors, forced=self.grammar_masks.forced)
+        # The grammar has the last word. What the caller's own processors look at isn't known, so steps wait for them.
+        everybody = [*own, *processors, self.grammar_masks]
+        self.core = EngineCore(loaded, everybody, forced=self.grammar_masks.forced, may_overlap=not processors)
         self.inputs = InputProcessor(loaded.config, loaded.model_config, tokenizer)
         self.outputs = OutputProcessor(tokenizer)
         self.watchers = Watchers()
@@ -184,6 +186,8 @@ def _why(error: Exception) -> str:
 def load_tokenizer(config: EngineConfig, loaded: LoadedModel) -> Tokenizer | None:
     """The tokenizer that was asked for, else the checkpoint's own; None where there is none (random weights)."""
     source = resolve_tokenizer(config.tokenizer, revision=config.revision) if config.tokenizer else loaded.checkpoint.tokenizer_source
-    if source is None:
-        return None
+    return None if source is None else open_tokenizer(source)
+
+
+def open_tokenizer(source: Path | Mapping[str, Any]) -> Tokenizer:
     return Tokenizer.from_folder(source) if isinstance(source, Path) else Tokenizer.from_gguf_metadata(source)

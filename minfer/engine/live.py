@@ -111,7 +111,7 @@ class LiveView(Watcher):
         said = {output.request: len(output.token_ids) for output in step.outputs}
         items = step.plan.scheduled
         times = step.times
-        parts = [times.schedule, times.build, times.forward, times.sample, times.update]
+        parts = [times.schedule, times.build, times.forward + times.wait, times.sample, times.update]
         parts.append(max(0.0, ended - started - sum(parts)))  # text, stop strings, handing over
         self._steps.append(
             {

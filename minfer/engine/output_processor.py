@@ -8,7 +8,7 @@ where those end a sequence.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +33,7 @@ class _Sequence:
     logprobs: list[PositionLogprobs] | None = None
     cumulative_logprob: float | None = None
     pooled: torch.Tensor | None = None
+    read: int = 0  # tokens of the output that text was made of
     # How much of each the caller of a delta has been given.
     sent_text: int = 0
     sent_tokens: int = 0
@@ -58,6 +59,7 @@ class OutputProcessor:
         self.tokenizer = tokenizer
         self._groups: dict[str, _Group] = {}
         self._home: dict[Request, tuple[_Group, _Sequence]] = {}
+        self._unscheduled: set[Request] = set()  # requests that no step has been about yet
         self._ended: list[Request] = []
 
     def __contains__(self, request_id: str) -> bool:
@@ -73,6 +75,7 @@ class OutputProcessor:
         self._groups[request_id] = group
         for sequence in sequences:
             self._home[sequence.request] = group, sequence
+        self._unscheduled.update(requests)
 
     def ids(self) -> list[str]:
         """The requests in flight."""
@@ -92,15 +95,19 @@ class OutputProcessor:
         """One step's tokens -> the outputs that callers are to see now. `started` is when the step began."""
         now = time.monotonic()
         changed: dict[_Group, None] = {}
-        for item in step.plan.scheduled:
-            group, _ = self._home[item.request]
-            if group.metrics.first_scheduled_time is None:
-                group.metrics.first_scheduled_time = started
+        if self._unscheduled:
+            self._note_scheduled([item.request for item in step.plan.scheduled], started)
         for output in step.outputs:
             group, sequence = self._home[output.request]
             self._take(group, sequence, output, now, finish)
             changed[group] = None
         return self._emit(changed, step.failed)
+
+    def _note_scheduled(self, requests: list[Request], started: float) -> None:
+        for request in self._unscheduled.intersection(requests):
+            metrics = self._home[request][0].metrics
+            metrics.first_scheduled_time = metrics.first_scheduled_time or started
+        self._unscheduled.difference_update(requests)
 
     def close(self, requests: Iterable[Request]) -> list[RequestOutput]:
         """Outputs for sequences that ended outside a step: aborted, or failed."""
@@ -118,6 +125,7 @@ class OutputProcessor:
                 del self._groups[group.request_id]
                 for sequence in group.sequences:
                     del self._home[sequence.request]
+                    self._unscheduled.discard(sequence.request)
             if group.finished or group.kind != "final":
                 outputs.append(self._output(group))
         return outputs
@@ -136,21 +144,33 @@ class OutputProcessor:
                 self._close(group, sequence)
         if not output.token_ids:
             return
-        metrics.first_token_time = metrics.first_token_time or now
+        if metrics.first_token_time is None:
+            metrics.first_token_time = now
         metrics.last_token_time = now
-        said = len(request.output_token_ids) - len(output.token_ids)
-        for token, score in zip(output.token_ids, output.logprobs, strict=True):
-            said += 1
-            metrics.num_output_tokens += 1
+        count = len(output.token_ids)
+        if request.params.stop:
+            count = self._read_until_stop(request, sequence, output.token_ids, finish)
+        metrics.num_output_tokens += count
+        if sequence.logprobs is not None:
+            self._score(sequence, output.logprobs[:count])
+        if request.finished:
+            self._close(group, sequence)
+
+    def _score(self, sequence: _Sequence, scores: Sequence[RowLogprobs | None]) -> None:
+        for score in scores:
             if score is not None and sequence.logprobs is not None:
                 sequence.logprobs.append(self._position(score))
                 sequence.cumulative_logprob = (sequence.cumulative_logprob or 0.0) + score.logprob
-            self._say(sequence, token, said)
+
+    def _read_until_stop(self, request: Request, sequence: _Sequence, tokens: list[int], finish: Finish) -> int:
+        """Reads new tokens one by one, looking for stop strings. Returns how many of them were said."""
+        before = len(request.output_token_ids) - len(tokens)
+        for count in range(1, len(tokens) + 1):
+            self._read(sequence, before + count)
             if sequence.stops.matched is not None:
-                self._stop(request, sequence.stops.matched, said, finish)
-                break
-        if request.finished:
-            self._close(group, sequence)
+                self._stop(request, sequence.stops.matched, before + count, finish)
+                return count
+        return len(tokens)
 
     def _stop(self, request: Request, matched: str, said: int, finish: Finish) -> None:
         """Ends a request whose `said`-th token completed a stop string; what a right guess brought after it was never said."""
@@ -160,26 +180,36 @@ class OutputProcessor:
             finish(request, "stop", matched)
         request.cut(said)
 
-    def _say(self, sequence: _Sequence, token: int, said: int) -> None:
-        """`said`: which of the output's tokens it is, from 1."""
+    def _read(self, sequence: _Sequence, until: int) -> None:
+        """Makes text of the output's tokens up to the `until`-th. Without stop strings nobody needs it before it is told."""
         request, params = sequence.request, sequence.request.params
-        ends = request.finish_reason == "stop" and said == len(request.output_token_ids)
-        silent = ends and not params.include_stop_str_in_output  # a stop token is not part of the text
-        piece = "" if silent or sequence.detokenizer is None else sequence.detokenizer.append((token,))
+        said = request.output_token_ids
+        ends = request.finish_reason == "stop" and until == len(said)
+        last = until - (ends and not params.include_stop_str_in_output)  # a stop token is not part of the text
+        tokens = said[sequence.read : last]
+        piece = "" if sequence.detokenizer is None or not tokens else sequence.detokenizer.append(tokens)
+        sequence.read = until
         # Stop strings count only once min_tokens have been said.
-        sequence.text.append(sequence.stops.feed(piece) if said >= params.min_tokens else piece)
+        sequence.text.append(sequence.stops.feed(piece) if until >= params.min_tokens else piece)
 
     def _close(self, group: _Group, sequence: _Sequence) -> None:
         if sequence.closed:
             return
         sequence.closed = True
         self._ended.append(sequence.request)
+        self._catch_up(sequence)
         if sequence.stops.matched is None:
             rest = "" if sequence.detokenizer is None else sequence.detokenizer.finish()
             sequence.text.append(sequence.stops.feed(rest) + sequence.stops.finish())
             if sequence.stops.matched is not None:  # decided only now that nothing can follow
                 sequence.request.finish_reason, sequence.request.stop_reason = "stop", sequence.stops.matched
         group.metrics.num_preemptions += sequence.request.num_preemptions
+
+    def _catch_up(self, sequence: _Sequence) -> None:
+        """Reads what has been said since the text was last told."""
+        said = len(sequence.request.output_token_ids)
+        if sequence.read < said and sequence.stops.matched is None:
+            self._read(sequence, said)
 
     def _output(self, group: _Group) -> RequestOutput:
         first = group.sequences[0].request
@@ -200,6 +230,7 @@ class OutputProcessor:
         )
 
     def _whole(self, sequence: _Sequence) -> CompletionOutput:
+        self._catch_up(sequence)
         logprobs = None if sequence.logprobs is None else list(sequence.logprobs)
         return self._completion(sequence, "".join(sequence.text), list(sequence.request.output_token_ids), logprobs)
 
@@ -207,6 +238,7 @@ class OutputProcessor:
         """What is new since the last delta; None once the end of the sequence has been told."""
         if sequence.sent_text < 0:
             return None
+        self._catch_up(sequence)
         tokens, seen = sequence.request.output_token_ids, sequence.sent_tokens
         text = "".join(sequence.text[sequence.sent_text :])
         logprobs = None if sequence.logprobs is None else sequence.logprobs[seen:]

@@ -1,8 +1,8 @@
 """`Trace`: every step of the engine as events that https://ui.perfetto.dev and chrome://tracing show (`--trace FILE`).
 
-One track shows the steps, each with its parts (schedule, build, forward, sample, update, output); a track for each request shows when it
-arrived, said its first token and ended; counters show the batch (prompt tokens, generated tokens and drafts of the step), the queue
-and the blocks. Format: "Trace Event Format", JSON array (Google, 2016).
+One track shows the steps, each with its parts (schedule, build, forward, sample, wait, update, output; where steps overlap, the first
+four are the next step's); a track for each request shows when it arrived, said its first token and ended; counters show the batch (prompt
+tokens, generated tokens and drafts of the step), the queue and the blocks. Format: "Trace Event Format", JSON array (Google, 2016).
 
 The file is valid JSON at every moment, also when the process is killed: each addition is one write over the closing bracket that
 ends in a new one. When one fails (a full disk), the bracket is put back, a warning is logged, and the engine goes on untraced.
@@ -28,7 +28,7 @@ Event = dict[str, Any]
 
 _CLOSING = b"\n]\n"
 _STEPS = {"pid": 1, "tid": 1}
-_PARTS = ("schedule", "build", "forward", "sample", "update")
+_PARTS = ("schedule", "build", "forward", "sample", "wait", "update")
 
 
 class TraceFile:

@@ -29,6 +29,7 @@ import torch
 
 from minfer.batch import Batch
 from minfer.errors import ConfigError, ModelLoadError
+from minfer.kernels.fetch import Arrival, fetch
 from minfer.kvcache import FORMATS, LayerCache
 from minfer.quant import PackedWeight
 
@@ -109,6 +110,9 @@ class Ops:
         # where a row has no distribution. None where no backend has it: the sampler then composes the draw from torch operations.
         sample = next((b for b in backends if hasattr(b, "sample")), None)
         self.sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = getattr(sample, "sample", None)
+        # Brings tensors to the host, see `fetch.py`; a backend that only plays a device has its own.
+        fetching = next((b for b in backends if hasattr(b, "fetch")), None)
+        self.fetch: Callable[..., Arrival] = getattr(fetching, "fetch", fetch)
         logger.info("kernels: %s", ", ".join(f"{op}={name}" for op, name in self.chosen.items()))
 
     def check_kv_format(self, name: str) -> None:

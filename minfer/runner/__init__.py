@@ -3,6 +3,6 @@
 from minfer.runner.batch_builder import BatchBuilder, BatchRow, RowSpan
 from minfer.runner.load import LoadedModel, load_model
 from minfer.runner.load_head import DraftHead
-from minfer.runner.model_runner import ModelRunner
+from minfer.runner.model_runner import ModelRunner, Newest
 
-__all__ = ["BatchBuilder", "BatchRow", "DraftHead", "LoadedModel", "ModelRunner", "RowSpan", "load_model"]
+__all__ = ["BatchBuilder", "BatchRow", "DraftHead", "LoadedModel", "ModelRunner", "Newest", "RowSpan", "load_model"]

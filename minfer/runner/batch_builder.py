@@ -4,6 +4,9 @@ The index tensors live in buffers allocated once for the largest step, and are f
 fresh tensor per field would cost more than everything else the host does. On a GPU the host side is pinned and copied
 asynchronously; on the CPU the batch is views of the buffers themselves. Two sets of buffers alternate, so that the next
 step can be built while the previous one still runs.
+
+From step to step little changes: a request's blocks are those of the step before, and one more now and then. So a row of the table
+is written only where it isn't that, the Python loop over the rows gathers their tokens, and the rest is arithmetic on arrays.
 """
 
 from __future__ import annotations
@@ -14,8 +17,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from minfer.batch import Batch
+
+_Ints = NDArray[np.int64]
 
 
 class BatchRow(Protocol):
@@ -24,15 +30,16 @@ class BatchRow(Protocol):
     @property
     def token_ids(self) -> list[int]: ...  # the whole sequence
     @property
-    def blocks(self) -> list[int]: ...
+    def blocks(self) -> list[int]: ...  # it may grow in place; where anything else changes, it has to be a new list
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RowSpan:
     """Tokens `start : start + count` of a row followed by `drafts`; logits are wanted of the last `logits` of them.
 
-    With `tail` it is one draft that branches off, at position `start`: where the drafts on its way lie, from the branching to
-    itself, as numbers of the row's slots.
+    A row that has one token less is waiting for it: only the device knows it so far, and `ModelRunner.run` is told where it is. With
+    `tail` it is one draft that branches off, at position `start`: where the drafts on its way lie, from the branching to itself, as
+    numbers of the row's slots.
     """
 
     row: BatchRow
@@ -44,20 +51,44 @@ class RowSpan:
 
 
 class _Buffers:
+    """The host's side of a batch: tensors, the same memory as arrays, and what is known of its contents."""
+
     def __init__(self, max_tokens: int, max_requests: int, max_blocks: int, max_tail: int, device: torch.device) -> None:
         pin = device.type == "cuda"
 
         def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, pin_memory=pin)
 
-        self.token_ids = buffer(max_tokens)
-        self.positions = buffer(max_tokens)
-        self.slots = buffer(max_tokens, dtype=torch.int64)
-        self.query_start = buffer(max_requests + 1)
-        self.seq_lens = buffer(max_requests)
-        self.block_tables = buffer(max_requests, max_blocks)
-        self.logits_at = buffer(max_tokens, dtype=torch.int64)
-        self.tails = buffer(max_requests, 1 + max_tail, dtype=torch.int64)
+        self.tensors = {
+            "token_ids": buffer(max_tokens),
+            "positions": buffer(max_tokens),
+            "slots": buffer(max_tokens, dtype=torch.int64),
+            "query_start": buffer(max_requests + 1),
+            "seq_lens": buffer(max_requests),
+            "block_tables": buffer(max_requests, max_blocks),
+            "logits_at": buffer(max_tokens, dtype=torch.int64),
+            "tails": buffer(max_requests, 1 + max_tail, dtype=torch.int64),
+        }
+        self.arrays = {name: tensor.numpy() for name, tensor in self.tensors.items()}
+        self.tables: list[list[int]] = [[] for _ in range(max_requests)]  # whose blocks each row of block_tables holds
+        self.filled = [0] * max_requests  # and how many of them
+        self._views: tuple[tuple[int, ...], dict[str, torch.Tensor]] = ((), {})
+
+    def write_table(self, row: int, table: list[int]) -> None:
+        begin = self.filled[row] if table is self.tables[row] else 0
+        self.arrays["block_tables"][row, begin : len(table)] = table[begin:]
+        self.tables[row], self.filled[row] = table, len(table)
+
+    def views(self, tokens: int, requests: int, blocks: int, logits: int) -> dict[str, torch.Tensor]:
+        """The beginnings of the tensors that hold so much; the same objects while a batch keeps its shape."""
+        sizes = (tokens, requests, blocks, logits)
+        if self._views[0] != sizes:
+            lengths = {"token_ids": tokens, "positions": tokens, "slots": tokens, "seq_lens": requests, "logits_at": logits}
+            views = {name: self.tensors[name][:length] for name, length in lengths.items()}
+            views["query_start"] = self.tensors["query_start"][: requests + 1]
+            views["block_tables"] = self.tensors["block_tables"][:requests, :blocks]
+            self._views = sizes, views
+        return self._views[1]
 
 
 class BatchBuilder:
@@ -68,59 +99,69 @@ class BatchBuilder:
         self.device = device
         max_blocks = -(-max_len // block_size)
         self._sets = [_Buffers(max_tokens, max_requests, max_blocks, max_tail, device) for _ in range(2)]
-        self._numpy = [{name: tensor.numpy() for name, tensor in vars(s).items()} for s in self._sets]
+        self._numbers = np.arange(max(max_tokens, max_requests) + 1)  # 0 1 2 ..
         self._turn = 0
 
     def build(self, spans: Sequence[RowSpan]) -> Batch:
         """The spans' tokens as one batch. Valid until `build` has been called twice more."""
         self._turn = 1 - self._turn
-        host, into = self._sets[self._turn], self._numpy[self._turn]
-        size = self.block_size
-        tokens = logits = blocks = 0
-        query_lens, seq_lens = [], []
+        host = self._sets[self._turn]
+        tables, filled = host.tables, host.filled
+        tokens: list[int] = []
+        total = widest = 0
         for r, span in enumerate(spans):
-            start, count, table = span.start, span.count, span.row.blocks
-            end, here = start + count, tokens + count
-            into["block_tables"][r, : len(table)] = table
-            if count == 1:
-                into["token_ids"][tokens] = span.drafts[0] if span.drafts else span.row.token_ids[start]
-                into["positions"][tokens] = start
-                at = span.tail[-1] if span.tail else start
-                into["slots"][tokens] = table[at // size] * size + at % size
-            else:
-                into["token_ids"][tokens:here] = [*span.row.token_ids[start:end], *span.drafts]
-                positions = np.arange(start, end)
-                into["positions"][tokens:here] = positions
-                into["slots"][tokens:here] = into["block_tables"][r][positions // size].astype(np.int64) * size + positions % size
-            into["logits_at"][logits : logits + span.logits] = range(here - span.logits, here)
-            into["query_start"][r + 1] = here
-            into["seq_lens"][r] = end
-            query_lens.append(count)
-            seq_lens.append(end)
-            blocks = max(blocks, len(table))
-            tokens, logits = here, logits + span.logits
-        requests, branched = len(spans), any(span.tail for span in spans)
-        if branched:
-            self._fill_tails(spans, into["tails"])
-        return Batch(
-            token_ids=self._send(host.token_ids[:tokens]),
-            positions=self._send(host.positions[:tokens]),
-            slots=self._send(host.slots[:tokens]),
-            query_start=self._send(host.query_start[: requests + 1]),
-            seq_lens=self._send(host.seq_lens[:requests]),
-            block_tables=self._send(host.block_tables[:requests, :blocks]),
-            logits_at=self._send(host.logits_at[:logits]),
-            query_lens_host=query_lens,
-            seq_lens_host=seq_lens,
-            tails=self._send(host.tails[:requests]) if branched else None,
-        )
+            row, start, count = span.row, span.start, span.count
+            blocks = row.blocks
+            width = len(blocks)
+            if blocks is not tables[r] or width != filled[r]:
+                host.write_table(r, blocks)
+            if width > widest:
+                widest = width
+            tokens += row.token_ids[start : start + count]
+            if span.drafts:
+                tokens += span.drafts
+            total += count
+            if len(tokens) < total:
+                tokens.append(0)
+        starts = np.array([span.start for span in spans])
+        counts = np.array([span.count for span in spans])
+        logits = np.array([span.logits for span in spans])
+        num_logits = self._fill(host, tokens, starts, counts, logits)
+        views = host.views(total, len(spans), widest, num_logits)
+        if any(span.tail for span in spans):
+            self._fill_tails(host, spans)
+            views = {**views, "tails": host.tensors["tails"][: len(spans)]}
+        if self.device.type != "cpu":
+            views = {name: tensor.to(self.device, non_blocking=True) for name, tensor in views.items()}
+        return Batch(**views, query_lens_host=counts.tolist(), seq_lens_host=(starts + counts).tolist())
 
-    def _fill_tails(self, spans: Sequence[RowSpan], tails: np.ndarray) -> None:
-        size = self.block_size
+    def _fill(self, host: _Buffers, tokens: list[int], starts: _Ints, counts: _Ints, logits: _Ints) -> int:
+        """Writes all but the block tables, which are there already. Returns how many tokens' logits are wanted."""
+        into, size = host.arrays, self.block_size
+        total, requests = len(tokens), len(starts)
+        ends = counts.cumsum()
+        rows, positions = self._numbers[:requests], starts
+        if total != requests:  # else each has one token
+            rows = rows.repeat(counts)
+            positions = self._numbers[:total] - (ends - counts - starts).repeat(counts)
+        blocks = into["block_tables"][rows, positions // size].astype(np.int64)
+        into["token_ids"][:total] = tokens
+        into["positions"][:total] = positions
+        into["slots"][:total] = blocks * size + positions % size
+        into["query_start"][1 : requests + 1] = ends
+        into["seq_lens"][:requests] = starts + counts
+        wanted = logits.cumsum()
+        num_logits = int(wanted[-1])
+        into["logits_at"][:num_logits] = self._numbers[:num_logits] + (ends - wanted).repeat(logits)
+        return num_logits
+
+    def _fill_tails(self, host: _Buffers, spans: Sequence[RowSpan]) -> None:
+        """Where the keys of drafts that branch off lie; their own go to the last of those slots."""
+        size, tails, end = self.block_size, host.arrays["tails"], 0
         for r, span in enumerate(spans):
+            end += span.count
             tails[r, 0] = span.start + 1 - len(span.tail) if span.tail else Batch.NO_TAIL
             for index, at in enumerate(span.tail, 1):
                 tails[r, index] = span.row.blocks[at // size] * size + at % size
-
-    def _send(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+            if span.tail:
+                host.arrays["slots"][end - 1] = tails[r, len(span.tail)]

@@ -15,8 +15,8 @@ splits the context is part of a grid, hence fixed for the longest context that t
 
 Steps with anything but one token a request (prompts, drafts) are run as they come: there the GPU is the slower one.
 
-What is captured lies in one memory pool for all buckets, because only one of them runs at a time. Left out: preparing the next step
-while this one runs, for which the loop would have to schedule before it knows the tokens.
+What is captured lies in one memory pool for all buckets, because only one of them runs at a time: the next step may be launched while this
+one runs (`EngineCore`), but the device begins it when this one is done.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class DecodeGraphs:
     def replay(self, batch: Batch) -> list[torch.Tensor]:
         """What the step returns, [T, ...] each, in memory that the next replay overwrites. A step that no graph serves is run as it is."""
         requests = batch.num_requests
-        one_each = batch.num_tokens == requests and all(count == 1 for count in batch.query_lens_host)
+        one_each = batch.num_tokens == requests and batch.query_lens_host.count(1) == requests
         if not one_each or requests > self.buckets[-1] or batch.tails is not None:
             return list(self.step(batch))
         bucket = next(size for size in self.buckets if size >= requests)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -11,6 +12,26 @@ from minfer.kvcache import KVCache
 from minfer.models import Model
 from minfer.runner.batch_builder import BatchBuilder, RowSpan
 from minfer.runner.graphs import Graph
+
+
+@dataclass(frozen=True, slots=True)
+class Newest:
+    """Tokens that only the device knows, because the step that draws them has not been waited for.
+
+    Token `at[i]` of the batch is `tokens[rows[i]]`; None where the batch is those tokens, in their order.
+    """
+
+    tokens: torch.Tensor  # [S] int64
+    at: list[int] | None = None
+    rows: list[int] | None = None
+
+    def put(self, token_ids: torch.Tensor) -> None:
+        """Into a batch's [T]."""
+        if self.at is None:
+            token_ids.copy_(self.tokens)
+        elif self.at:
+            at, rows = torch.tensor([self.at, self.rows]).to(token_ids.device, non_blocking=True)
+            token_ids[at] = self.tokens[rows].to(token_ids.dtype)
 
 
 class ModelRunner:
@@ -29,13 +50,15 @@ class ModelRunner:
         self.build_seconds = 0.0  # spent so far on turning rows into batches: the host's cost, not the model's
 
     @torch.inference_mode()
-    def run(self, spans: Sequence[RowSpan], copies: Sequence[tuple[int, int]] = ()) -> torch.Tensor:
+    def run(self, spans: Sequence[RowSpan], copies: Sequence[tuple[int, int]] = (), newest: Newest | None = None) -> torch.Tensor:
         """Computes the spans' tokens and writes their KV. Returns the final hidden states of the tokens whose logits are
-        wanted, in order: [S, H]. Blocks in `copies` are copied (from, to) first.
+        wanted, in order: [S, H]. Blocks in `copies` are copied (from, to) first; `newest` brings tokens that the spans lack.
         """
         self.cache.copy_blocks(copies)
         started = time.perf_counter()
         batch = self.builder.build(spans)
+        if newest is not None:
+            newest.put(batch.token_ids)
         self.build_seconds += time.perf_counter() - started
         outputs = self.graph.replay(batch) if self.graph is not None else self.model.forward_states(batch, self.cache, self.after)
         hidden, self.states = outputs[0], outputs[1:]  # [T, H] each

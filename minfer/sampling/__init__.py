@@ -9,9 +9,10 @@ from __future__ import annotations
 from minfer.sampling.logprobs import RowLogprobs, prompt_logprobs
 from minfer.sampling.processors import LogitsProcessor, PaddedVocabulary, SamplingRow
 from minfer.sampling.rng import derive_seed, uniforms
-from minfer.sampling.sampler import Sampler, SamplerOutput
+from minfer.sampling.sampler import Drawn, Sampler, SamplerOutput
 
 __all__ = [
+    "Drawn",
     "LogitsProcessor",
     "PaddedVocabulary",
     "RowLogprobs",

@@ -27,7 +27,8 @@ class SamplingRow(Protocol):
 
     A `Request` is such a row for its next token. A row for a later position (verifying a draft) differs only in
     `output_token_ids`, which then ends in the drafted tokens; it should share the request's `prompt_token_ids` object and
-    `seed`, by which the penalties recognise it.
+    `seed`, by which the penalties recognise it. Of a row whose parameters don't look back, the newest tokens may not be known yet
+    and be missing from `output_token_ids`; `position`, the number of tokens before the one to be drawn, counts them.
     """
 
     @property
@@ -40,6 +41,8 @@ class SamplingRow(Protocol):
     def output_token_ids(self) -> Sequence[int]: ...
     @property
     def eos_token_ids(self) -> Sequence[int]: ...
+    @property
+    def position(self) -> int: ...
 
 
 class LogitsProcessor(Protocol):

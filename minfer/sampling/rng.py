@@ -9,7 +9,8 @@ Triton and CUDA have the same one, so a GPU kernel can draw the very same number
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,36 @@ def uniforms(seeds: Sequence[int], positions: Sequence[int], stream: int = STREA
     words = _words(seeds, positions, stream)
     bits: NDArray[np.uint64] = (words[0] << np.uint64(21)) ^ (words[1] >> np.uint64(11))  # 53 bits
     return np.ldexp(bits.astype(np.float64), -53)
+
+
+class UniformsAhead:
+    """`uniforms` for rows that advance step by step: the numbers of a run of positions are made in one go, and kept.
+
+    numpy's cost is in its calls, a hundred of them whatever the number of rows; so they are made for `RUN` positions at a time.
+    """
+
+    RUN = 16
+
+    def __init__(self, capacity: int = 4096) -> None:
+        self._capacity = capacity
+        self._runs: OrderedDict[tuple[int, int], list[float]] = OrderedDict()  # (seed, position // RUN) -> its numbers
+
+    def __call__(self, seeds_and_positions: Iterable[tuple[int, int]]) -> list[float]:
+        places = [(seed, *divmod(position, self.RUN)) for seed, position in seeds_and_positions]
+        missing = list(dict.fromkeys((seed, run) for seed, run, _ in places if (seed, run) not in self._runs))
+        if missing:
+            self._make(missing)
+        numbers = [self._runs[seed, run][offset] for seed, run, offset in places]
+        while len(self._runs) > self._capacity:
+            self._runs.popitem(last=False)
+        return numbers
+
+    def _make(self, runs: list[tuple[int, int]]) -> None:
+        seeds = [seed for seed, _ in runs for _ in range(self.RUN)]
+        positions = [run * self.RUN + offset for _, run in runs for offset in range(self.RUN)]
+        numbers: list[float] = uniforms(seeds, positions).tolist()
+        for index, key in enumerate(runs):
+            self._runs[key] = numbers[index * self.RUN : (index + 1) * self.RUN]
 
 
 def derive_seed(seed: int | None, index: int = 0) -> int:

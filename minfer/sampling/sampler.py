@@ -16,15 +16,17 @@ import torch
 from torch import Tensor
 
 from minfer.errors import ConfigError
+from minfer.kernels.fetch import Arrival, fetch
 from minfer.sampling.draw import Filters, draw_by_id, draw_by_rank, weigh
 from minfer.sampling.logprobs import RowLogprobs, token_logprobs
 from minfer.sampling.penalties import Penalties
 from minfer.sampling.processors import BadWords, LogitBias, LogitsProcessor, MinTokens, SamplingRow
 from minfer.sampling.ranking import block_maxima, block_sums, first_argmax, kth_bound, rank
-from minfer.sampling.rng import uniforms
+from minfer.sampling.rng import UniformsAhead
 from minfer.sampling_params import SamplingParams
 
-_Draw = Callable[[Tensor, Tensor, Tensor, Sequence[SamplingRow]], Tensor]  # (logits, block maxima, best, rows) -> ids [R]
+_Rows = Sequence[SamplingRow]
+_Draw = Callable[[Tensor, Tensor, Tensor, _Rows, list[float]], Tensor]  # (logits, block maxima, best, rows, uniforms) -> ids [R]
 
 FIRST_CANDIDATES = 64  # what top-p alone looks at first: at usual settings the nucleus is smaller
 
@@ -43,11 +45,27 @@ class SamplerOutput:
     failed: list[int]
 
 
+class Drawn:
+    """What was drawn for a batch of rows: on the device at once, on the host when somebody waits for it.
+
+    `tokens` [S] int64 can be given to the next step as they are: where nothing could be picked, some token stands for it.
+    """
+
+    def __init__(self, tokens: Tensor, result: Callable[[], SamplerOutput]) -> None:
+        self.tokens = tokens
+        self._result = result
+
+    def wait(self) -> SamplerOutput:
+        """Waits for the device. To be called once."""
+        return self._result()
+
+
 class Sampler:
     """Holds the processors and their state for one engine; `vocab_size` is the logits' width.
 
     `processors` run after the built-in ones, in order, on every call. `argmax` is the op table's: logits [S, V] -> the lowest
-    best ids [S]. `draw` is the op table's `sample`, or None where every draw is composed from torch operations.
+    best ids [S]. `draw` is the op table's `sample`, or None where every draw is composed from torch operations. `fetch` is the op
+    table's way of bringing what was drawn to the host.
     """
 
     def __init__(
@@ -57,6 +75,7 @@ class Sampler:
         processors: Sequence[LogitsProcessor] = (),
         argmax: Callable[[Tensor], Tensor] | None = None,
         draw: Callable[[Tensor, Tensor], Tensor] | None = None,
+        fetch: Callable[..., Arrival] = fetch,
     ) -> None:
         if vocab_size < 1:
             raise ConfigError(f"vocab_size must be at least 1, not {vocab_size}")
@@ -66,30 +85,43 @@ class Sampler:
         self._own_processors = tuple(processors)
         self._argmax = argmax
         self._draw = draw
+        self._fetch = fetch
+        self._uniforms = UniformsAhead()
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> SamplerOutput:
+    def sample(self, logits: Tensor, rows: _Rows) -> SamplerOutput:
+        """`draw`, and waits for what was drawn."""
+        return self.draw(logits, rows).wait()
+
+    @torch.inference_mode()
+    def draw(self, logits: Tensor, rows: _Rows) -> Drawn:
         """Picks a token for each row of `logits` [S, V] float32, which is used as working memory and left overwritten.
 
         Raises `ConfigError` when shape, dtype or device aren't those the sampler was made for.
         """
         self._check(logits, rows)
         if not rows:
-            return SamplerOutput([], [], [])
-        if self._argmax is not None and all(_takes_the_best(row) for row in rows):
+            return Drawn(torch.empty(0, dtype=torch.int64, device=logits.device), lambda: SamplerOutput([], [], []))
+        if self._argmax is not None and all(row.params.plain for row in rows):
             return self._take_the_best(logits, rows, self._argmax)
         scored = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
         raw = logits[scored] if scored else None
         for processor in self.processors:
             processor(logits, rows)
+        uniforms = self._uniforms((row.seed, row.position) for row in rows)
         if self._draw is not None and all(row.params.typical_p >= 1 for row in rows):
-            tokens = self._draw(logits, torch.tensor(_wishes(rows, self.vocab_size), dtype=torch.float64)).tolist()
+            tokens = self._draw(logits, torch.tensor(_wishes(rows, uniforms, self.vocab_size), dtype=torch.float64))
         else:
             maxima = block_maxima(logits)
             best = maxima.amax(-1)
-            tokens = torch.where(best.isfinite(), self._pick(logits, maxima, best, rows), -1).tolist()
+            tokens = torch.where(best.isfinite(), self._pick(logits, maxima, best, rows, uniforms), -1)
+        arrival = self._fetch(tokens)
+        return Drawn(tokens.clamp(min=0), lambda: self._scored(arrival()[0], raw, scored, rows))
+
+    def _scored(self, tokens: list[int], raw: Tensor | None, scored: list[int], rows: _Rows) -> SamplerOutput:
+        """The tokens with the log-probabilities of those rows that want them, from their logits as they were."""
         failed = [index for index, token in enumerate(tokens) if token < 0]
-        tokens = [max(token, 0) for token in tokens]
+        tokens = [max(token, 0) for token in tokens] if failed else tokens
         logprobs: list[RowLogprobs | None] = [None] * len(rows)
         if raw is not None:
             ks = [rows[index].params.logprobs or 0 for index in scored]
@@ -97,26 +129,31 @@ class Sampler:
                 logprobs[index] = found
         return SamplerOutput(tokens, logprobs, failed)
 
-    def _take_the_best(self, logits: Tensor, rows: Sequence[SamplingRow], argmax: Callable[[Tensor], Tensor]) -> SamplerOutput:
+    def _take_the_best(self, logits: Tensor, rows: _Rows, argmax: Callable[[Tensor], Tensor]) -> Drawn:
         """The usual greedy batch, where at batch 1 every tensor call that can be left out shows in the time of a step."""
         for processor in self._own_processors:
             processor(logits, rows)
         tokens = argmax(logits)
-        best = logits.gather(1, tokens[:, None])[:, 0].tolist()
-        failed = [index for index, value in enumerate(best) if not math.isfinite(value)]
-        return SamplerOutput(tokens.tolist(), [None] * len(rows), failed)
+        arrival = self._fetch(tokens, logits.gather(1, tokens[:, None]))
 
-    def _pick(self, logits: Tensor, maxima: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+        def result() -> SamplerOutput:
+            ids, best = arrival()
+            return SamplerOutput(ids, [None] * len(ids), [index for index, (value,) in enumerate(best) if not math.isfinite(value)])
+
+        return Drawn(tokens, result)
+
+    def _pick(self, logits: Tensor, maxima: Tensor, best: Tensor, rows: _Rows, uniforms: list[float]) -> Tensor:
         """[S] int64; any id at all in rows whose `best` isn't finite. May overwrite `logits`."""
         groups: dict[_Draw, list[int]] = {}
         for index, row in enumerate(rows):
             groups.setdefault(self._draw_for(row.params), []).append(index)
         if len(groups) == 1:
-            return next(iter(groups))(logits, maxima, best, rows)
+            return next(iter(groups))(logits, maxima, best, rows, uniforms)
         picked = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
         for draw, group in groups.items():
             at = torch.tensor(group, device=logits.device)
-            picked[at] = draw(logits[at], maxima[at], best[at], [rows[index] for index in group])
+            own = [rows[index] for index in group], [uniforms[index] for index in group]
+            picked[at] = draw(logits[at], maxima[at], best[at], *own)
         return picked
 
     def _draw_for(self, params: SamplingParams) -> _Draw:
@@ -126,7 +163,7 @@ class Sampler:
             return _draw_filtered
         return _draw_plain
 
-    def _check(self, logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    def _check(self, logits: Tensor, rows: _Rows) -> None:
         if logits.shape != (len(rows), self.vocab_size) or logits.dtype != torch.float32 or logits.device.type != self.device.type:
             raise ConfigError(
                 f"the sampler was made for float32 logits of shape [{len(rows)}, {self.vocab_size}] on {self.device}, "
@@ -134,26 +171,18 @@ class Sampler:
             )
 
 
-def _argmax(logits: Tensor, maxima: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+def _argmax(logits: Tensor, maxima: Tensor, best: Tensor, rows: _Rows, uniforms: list[float]) -> Tensor:
     return first_argmax(logits, maxima)
 
 
-def _draw_plain(logits: Tensor, maxima: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    temperature, uniform = torch.tensor([[row.params.temperature for row in rows], _uniforms(rows)], dtype=torch.float64).to(logits.device)
+def _draw_plain(logits: Tensor, maxima: Tensor, best: Tensor, rows: _Rows, uniforms: list[float]) -> Tensor:
+    temperature, uniform = torch.tensor([[row.params.temperature for row in rows], uniforms], dtype=torch.float64).to(logits.device)
     return draw_by_id(weigh(logits, best, temperature), uniform)
 
 
-def _takes_the_best(row: SamplingRow) -> bool:
-    """Whether the row wants the most likely token of the logits as they are, and nothing else."""
-    p = row.params
-    untouched = not p.logit_bias and not p.bad_word_token_ids and len(row.output_token_ids) >= p.min_tokens
-    unpenalised = p.repetition_penalty == 1 and p.presence_penalty == 0 and p.frequency_penalty == 0
-    return p.greedy and untouched and unpenalised and p.logprobs is None
-
-
-def _draw_filtered(logits: Tensor, maxima: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+def _draw_filtered(logits: Tensor, maxima: Tensor, best: Tensor, rows: _Rows, uniforms: list[float]) -> Tensor:
     size = logits.shape[1]
-    filters = _filters(rows, size, logits.device)
+    filters = _filters(rows, uniforms, size, logits.device)
     nucleus = [row.params.top_p < 1 and not _top_k(row.params, size) for row in rows]  # top-p's share is of the whole row
     mass = None
     if any(nucleus):
@@ -173,10 +202,10 @@ def _draw_filtered(logits: Tensor, maxima: Tensor, best: Tensor, rows: Sequence[
     return picked
 
 
-def _filters(rows: Sequence[SamplingRow], vocab_size: int, device: torch.device) -> Filters:
+def _filters(rows: _Rows, uniforms: list[float], vocab_size: int, device: torch.device) -> Filters:
     params = [row.params for row in rows]
     columns = [
-        _uniforms(rows),
+        uniforms,
         [p.temperature for p in params],
         [_top_k(p, vocab_size) or math.inf for p in params],
         [p.top_p if p.top_p < 1 else math.inf for p in params],
@@ -190,7 +219,7 @@ def _filters(rows: Sequence[SamplingRow], vocab_size: int, device: torch.device)
     return Filters(tensors[0], tensors[1], top_k, top_p, min_p, typical_p)
 
 
-def _first_bound(maxima: Tensor, best: Tensor, rows: Sequence[SamplingRow], filters: Filters, size: int) -> Tensor:
+def _first_bound(maxima: Tensor, best: Tensor, rows: _Rows, filters: Filters, size: int) -> Tensor:
     """[R] float32: candidates are the logits from here up. Enough for every filter but top-p alone, where it is a guess."""
     ks = [_top_k(row.params, size) or (FIRST_CANDIDATES if row.params.top_p < 1 else 0) for row in rows]
     if filters.min_p is None:
@@ -203,20 +232,15 @@ def _first_bound(maxima: Tensor, best: Tensor, rows: Sequence[SamplingRow], filt
     return bound.masked_fill(~best.isfinite(), math.inf)
 
 
-def _wishes(rows: Sequence[SamplingRow], vocab_size: int) -> list[tuple[float, ...]]:
+def _wishes(rows: _Rows, uniforms: list[float], vocab_size: int) -> list[tuple[float, ...]]:
     """A row each of what the op table's `sample` wants to know."""
-    drawn = zip((row.params for row in rows), _uniforms(rows), strict=True)
+    drawn = zip((row.params for row in rows), uniforms, strict=True)
     return [(u, 0 if p.greedy else p.temperature, _top_k(p, vocab_size), p.top_p, p.min_p) for p, u in drawn]
 
 
 def _top_k(params: SamplingParams, vocab_size: int) -> int:
     """0 where it filters nothing."""
     return params.top_k if params.top_k < vocab_size else 0
-
-
-def _uniforms(rows: Sequence[SamplingRow]) -> list[float]:
-    positions = [len(row.prompt_token_ids) + len(row.output_token_ids) for row in rows]
-    return [float(value) for value in uniforms([row.seed for row in rows], positions)]
 
 
 def _weight_bound(best: Tensor, temperature: Tensor, weight: Tensor) -> Tensor:

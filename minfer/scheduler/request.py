@@ -7,6 +7,9 @@ Nothing in it says "prefill" or "decode". A request has tokens, and some of them
                                ^^^^^^^^^           3 tokens left; a step may take any number of them
 
 When the last token is computed, its logits give the next one, and the request has one token left again.
+
+`num_computed_tokens` counts what was handed to the model. A step that is under way will bring a token that nobody on the host knows
+yet; `num_pending` counts those, so that the next step can be decided, and begun, before they are known.
 """
 
 from __future__ import annotations
@@ -52,10 +55,12 @@ class Request:
 
     output_token_ids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(init=False)
+    ending_ids: frozenset[int] = field(init=False)  # tokens that may end it
     draft_token_ids: list[int] = field(default_factory=list)  # guesses of the next tokens, for the next step only
     draft_parents: list[int] = field(default_factory=list)  # where they branch, which of them each follows, from 1; 0: the newest token
     num_computed_tokens: int = 0
-    blocks: list[int] = field(default_factory=list)  # the block table
+    num_pending: int = 0  # tokens that steps under way are drawing: the device will know them before the host does
+    blocks: list[int] = field(default_factory=list)  # the block table; it grows in place, any other change makes a new list
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token or stop string, where one ended it
@@ -67,6 +72,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
+        self.ending_ids = frozenset((*self.params.stop_token_ids, *(() if self.params.ignore_eos else self.eos_token_ids)))
 
     @property
     def num_tokens(self) -> int:
@@ -78,8 +84,14 @@ class Request:
 
     @property
     def num_left(self) -> int:
-        """Tokens that exist but have not been through the model."""
-        return len(self.token_ids) - self.num_computed_tokens
+        """Tokens that have yet to be handed to the model, pending ones included; none where the pending one is the last there may be."""
+        tokens = len(self.token_ids) + self.num_pending
+        return 0 if self.num_pending and tokens >= self.max_total_tokens else tokens - self.num_computed_tokens
+
+    @property
+    def position(self) -> int:
+        """Where the token will stand that the newest step under way is drawing."""
+        return len(self.token_ids) + self.num_pending - 1
 
     @property
     def finished(self) -> bool:

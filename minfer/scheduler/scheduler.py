@@ -12,6 +12,10 @@ A request that has drafts (guesses of its next tokens, see `speculative/`) is a 
 as many as budget and blocks have over after everyone's own. Chunked prefill, mixing prompts with generation, prefix hits and
 drafts are all this one rule.
 
+A step is decided from what is known when it is decided, which may be before the step ahead of it has brought its tokens: a request is
+moved on when it is scheduled, and `update` brings the tokens themselves, one or two calls of `schedule` later. The device runs
+the steps in order, so blocks that are released may be given away at once, also while a step that reads them is under way.
+
 When blocks run out, the last request in policy order is preempted: its blocks are released, its tokens are kept, and it
 goes back to its place in the queue to be recomputed (usually from the prefix cache, if its blocks have not been taken). That
 costs compute but never memory, and needs no second path through the model. The first request in order is never preempted
@@ -37,24 +41,20 @@ class ScheduledRequest:
 
     `parents[i]` is the draft, from 1, that draft i + 1 follows, or 0 for the newest token, and comes before it; () where each follows the
     one before. `kept` are those that turned out right, known once the step has run.
-    What it says of itself holds until `update`, which moves the request on.
     """
 
     request: Request
     start: int
     num_new_tokens: int
+    reaches_end: bool  # whether they reach the request's last token
     drafts: Sequence[int] = ()
     parents: Sequence[int] = ()
     kept: Sequence[int] = ()
 
     @property
     def samples(self) -> bool:
-        """Whether they reach the request's last token, so that its logits give the next one."""
+        """Whether the logits of the request's last token are there, and give the next one."""
         return self.reaches_end and self.request.pooling is None
-
-    @property
-    def reaches_end(self) -> bool:
-        return self.start + self.num_new_tokens - len(self.drafts) == self.request.num_tokens
 
     @property
     def decodes(self) -> bool:
@@ -131,17 +131,20 @@ class Scheduler:
         self._enqueue(request)
 
     def schedule(self) -> SchedulerOutput:
-        """Decides the next step. Nothing in it is final for a request until `update` reports the step done."""
+        """Decides the next step, and moves its requests on as if it had run; `update` is to be told when it has."""
         output = SchedulerOutput()
         budget = self._continue_running(output)
         if not output.preempted:
             self._admit_waiting(output, budget)
+        for item in output.scheduled:
+            item.request.num_computed_tokens += item.num_new_tokens - len(item.drafts)
+            item.request.num_pending += item.samples
         self.stats.num_preemptions += len(output.preempted)
         self.stats.num_copied_blocks += len(output.copies)
         return output
 
     def update(self, output: SchedulerOutput, sampled: Mapping[Request, Sequence[int]]) -> list[Request]:
-        """The step has run: advances its requests by what was computed and sampled. Returns those that are now finished.
+        """The step has run: gives its requests what was sampled. Returns those that are now finished.
 
         A request gets one token, or with drafts those it accepted and one more; what follows a token that ends it is dropped.
         """
@@ -149,12 +152,13 @@ class Scheduler:
         finished = []
         for item in output.scheduled:
             request = item.request
-            if request.finished:  # aborted while the step ran
+            request.num_pending -= item.samples
+            if request.finished:  # aborted while the step ran, or by a token that came after the step was decided
                 continue
             self.stats.num_computed_tokens += item.num_new_tokens
-            request.num_computed_tokens += item.num_new_tokens - len(item.drafts)
             reason = self._append(request, sampled.get(request, ()))
-            self._publish(request)
+            if request.num_computed_tokens >= (request.published_blocks + 1) * self.block_size:
+                self._publish(request)
             if request.pooling is not None and not request.num_left:
                 reason = "stop", None
             if reason is not None:
@@ -205,23 +209,28 @@ class Scheduler:
         position = 0
         while position < len(self.running):
             request = self.running[position]
-            behind = len(self.running) - position - 1
-            count = min(request.num_left, self.max_prefill_chunk, budget - behind)
-            drafts = self._take_drafts(request, budget - behind - count, behind) if count == request.num_left else []
-            count += len(drafts)
-            if not self._make_room(request, count, output):
-                break  # it was last in order, and preempted itself
-            parents = request.draft_parents[: len(drafts)]
-            output.scheduled.append(ScheduledRequest(request, request.num_computed_tokens, count, drafts, parents))
-            budget -= count
             position += 1
+            left, start = request.num_left, request.num_computed_tokens
+            if not left:
+                continue  # the token it waits for is its last
+            behind = len(self.running) - position
+            count = min(left, self.max_prefill_chunk, budget - behind)
+            at_end = count == left
+            drafts: Sequence[int] = ()
+            parents: Sequence[int] = ()
+            if at_end and request.draft_token_ids:
+                drafts = self._take_drafts(request, budget - behind - count, behind)
+                parents = request.draft_parents[: len(drafts)]
+                count += len(drafts)
+            if start + count > len(request.blocks) * self.block_size and not self._make_room(request, count, output):
+                break  # it was last in order, and preempted itself
+            output.scheduled.append(ScheduledRequest(request, start, count, at_end, drafts, parents))
+            budget -= count
         return budget
 
     def _take_drafts(self, request: Request, budget: int, behind: int) -> list[int]:
         """The drafts that fit in what is over: of the budget, of the request's length, and of blocks nobody behind it may need."""
         drafts, request.draft_token_ids = request.draft_token_ids, []
-        if not drafts:
-            return drafts
         blocks = len(request.blocks) + max(0, self.pool.num_free - behind)
         room = min(budget, request.max_total_tokens - request.num_tokens - 1, blocks * self.block_size - request.num_tokens)
         return drafts[: max(0, room)]
@@ -231,16 +240,18 @@ class Scheduler:
         for index, token in enumerate(tokens):
             request.append(token)
             request.num_computed_tokens += index > 0
-            reason = request.why_finished()
-            if reason is not None:
-                return reason
+            if token in request.ending_ids or len(request.token_ids) >= request.max_total_tokens:
+                reason = request.why_finished()
+                if reason is not None:
+                    return reason
         return None
 
     def _give_back(self, request: Request) -> None:
         """Frees the blocks that only rejected drafts were in: taking a guess back is a length, and this."""
         keep = self._blocks_for(request.num_tokens)
-        self.pool.release(request.blocks[keep:])
-        del request.blocks[keep:]
+        if keep < len(request.blocks):
+            self.pool.release(request.blocks[keep:])
+            request.blocks = request.blocks[:keep]
 
     def _make_room(self, request: Request, count: int, output: SchedulerOutput) -> bool:
         """Gives a running request the blocks for `count` more tokens, preempting from the end of the order if it must."""
@@ -254,13 +265,13 @@ class Scheduler:
         return True
 
     def _admit_waiting(self, output: SchedulerOutput, budget: int) -> None:
-        postponed = []  # forks whose sibling has not computed the prompt yet; they block nobody behind them
+        postponed = []  # those who wait for a step under way; they block nobody behind them
         while self._waiting and budget > 0:
             entry = heapq.heappop(self._waiting)
             request = entry[1]
             if request.finished:
                 continue
-            if self._sibling_is_busy(request):
+            if request.num_pending or self._sibling_is_busy(request):
                 postponed.append(entry)
                 continue
             if not self._find_seat(request, output):
@@ -274,7 +285,7 @@ class Scheduler:
             count = min(request.num_left, self.max_prefill_chunk, budget)
             fits = self._make_room(request, count, output)
             assert fits, "admission has checked that the blocks are there"
-            output.scheduled.append(ScheduledRequest(request, request.num_computed_tokens, count))
+            output.scheduled.append(ScheduledRequest(request, request.num_computed_tokens, count, count == request.num_left))
             budget -= count
         for entry in postponed:
             heapq.heappush(self._waiting, entry)
@@ -354,7 +365,8 @@ class Scheduler:
         if cache is None:
             return
         size = self.block_size
-        for index in range(request.published_blocks, request.num_computed_tokens // size):
+        known = min(request.num_computed_tokens, request.num_tokens)  # a pending token may be computed before it is known
+        for index in range(request.published_blocks, known // size):
             parent = request.published_node or cache.root(request.cache_key)
             block = request.blocks[index]
             node = cache.publish(parent, request.token_ids[index * size : (index + 1) * size], block)
@@ -363,7 +375,7 @@ class Scheduler:
             else:
                 self.pool.share([node.block])
                 self.pool.release([block])
-                request.blocks[index] = node.block
+                request.blocks = [*request.blocks[:index], node.block, *request.blocks[index + 1 :]]
             request.published_node = node
             request.published_blocks = index + 1
 

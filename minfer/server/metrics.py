@@ -26,7 +26,7 @@ from minfer.server.slot import ModelSlot
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # what every Prometheus reads; OpenMetrics forbids vLLM's names
 LABELS = ("model_name", "engine")  # vLLM's; there is one engine
-STEP_PARTS = ("schedule", "build", "forward", "sample", "update")
+STEP_PARTS = ("schedule", "build", "forward", "sample", "wait", "update")
 
 
 class HttpCounts:

@@ -47,6 +47,10 @@ class DraftRow:
     def eos_token_ids(self) -> Sequence[int]:
         return self._request.eos_token_ids
 
+    @property
+    def position(self) -> int:
+        return len(self._request.prompt_token_ids) + len(self.output_token_ids)
+
 
 def accepted(drafts: Sequence[int], parents: Sequence[int], drawn: Sequence[int]) -> list[int]:
     """Which of `drafts`, from 1, stand. `drawn[0]` is the model's token for the next position, `drawn[i]` the one behind draft i.

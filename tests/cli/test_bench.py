@@ -119,3 +119,23 @@ def test_speculation_is_counted(minfer: Callable, tiny_llama: Path) -> None:
     assert "\ntokens a draft step " in out
     adaptive = [flag for flag in drafting if flag != "--no-adaptive-drafts"]
     assert minfer("bench", tiny_llama, "--json", *adaptive).json["speculation"]["estimated_speedup"] > 0
+
+
+def test_a_simulated_gpu(minfer: Callable) -> None:
+    flags = ["--simulate", "h200", "--quant", "int4", "--tokenizer", "smollm2-135m", "--max-num-seqs", 8, "--max-model-len", 256]
+    shape = ["--prompt-tokens", 16, "--output-tokens", 24, "--batch-size", 8]
+    values = minfer("bench", "qwen2.5-0.5b", "--overlap", "on", "--json", *flags, *shape).json
+    assert (values["gpu"], values["weights"], values["overlap"], values["text"]) == ("h200", "int4", True, True)
+    assert values["steps"] == 24 - 1 - 5  # decode steps but the first three and the last two
+    for name in ("step_ms", "device_ms", "host_ms", "launch_ms"):
+        middle, high = values[name]
+        assert 0 < middle <= high
+    assert all(values["host_parts_ms"][part][0] > 0 for part in (*HOST_PARTS, "forward", "output"))
+    ran = minfer("bench", "qwen2.5-0.5b", *flags, *shape)
+    for row in ("step", "device busy", "device idle", "host, part by part"):
+        assert f"\n{row} " in ran.out
+
+
+def test_what_a_simulated_gpu_cannot_have(minfer: Callable) -> None:
+    assert "h100, h200" in minfer("bench", "smollm2-135m", "--simulate", "tpu").err
+    assert "--quant none, fp8 and int4" in minfer("bench", "smollm2-135m", "--simulate", "h100", "--quant", "nf4").err

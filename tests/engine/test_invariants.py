@@ -69,6 +69,7 @@ asks = st.lists(st.tuples(st.integers(1, 120), st.integers(0, 2), st.integers(0,
     tight=st.booleans(),
     prefix_caching=st.booleans(),
     late=st.integers(0, 5),
+    overlap=st.sampled_from(["on", "off"]),
 )
 def test_outputs_do_not_depend_on_how_they_were_computed(
     reference: LLM,
@@ -81,6 +82,7 @@ def test_outputs_do_not_depend_on_how_they_were_computed(
     tight: bool,
     prefix_caching: bool,
     late: int,
+    overlap: str,
 ) -> None:
     """`tight` gives the pool room for one full sequence only, which forces preemption; `late` requests arrive mid-run."""
     bytes_per_token = 2 * 2 * 2 * 16 * 4
@@ -94,6 +96,7 @@ def test_outputs_do_not_depend_on_how_they_were_computed(
             "max_prefill_chunk": chunk,
             "max_num_seqs": seats,
             "prefix_caching": prefix_caching,
+            "overlap": overlap,
             "kv_cache_memory": bytes_per_token * (192 if tight else 2048),
         },
     )

@@ -45,7 +45,7 @@ def test_a_trace_tells_every_step_and_every_request(tiny_llama: Path, tmp_path: 
             for e in events
             if e["ph"] == "X" and e is not step and step["ts"] <= e["ts"] and e["ts"] + e["dur"] <= step["ts"] + step["dur"] + 1
         ]
-        assert [e["name"] for e in inside] == ["schedule", "build", "forward", "sample", "update", "output"]
+        assert [e["name"] for e in inside] == ["schedule", "build", "forward", "sample", "wait", "update", "output"]
         assert sum(e["dur"] for e in inside) == pytest.approx(step["dur"], abs=2)
     by_request: dict[str, list[Any]] = defaultdict(list)
     for event in events:

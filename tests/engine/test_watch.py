@@ -30,7 +30,7 @@ class Recorder(Watcher):
         assert started < ended
         times = step.times
         assert times.steps == 1
-        assert 0 < times.schedule + times.build + times.forward + times.sample + times.update <= ended - started
+        assert 0 < times.schedule + times.build + times.forward + times.sample + times.wait + times.update <= ended - started
         self.computed += step.plan.num_tokens
         self.tokens.update({output.request.request_id: len(output.token_ids) for output in step.outputs})
 

@@ -27,6 +27,10 @@ class Row:
     seed: int = 0
     eos_token_ids: tuple[int, ...] = (2,)
 
+    @property
+    def position(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_tokenizer: Path) -> Tokenizer:

@@ -19,6 +19,10 @@ class Row:
     output_token_ids: list[int] = field(default_factory=list)
     eos_token_ids: tuple[int, ...] = (2,)
 
+    @property
+    def position(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
 
 def make_row(seed: int = 0, prompt: list[int] | None = None, output: list[int] | None = None, **params: Any) -> Row:
     return Row(SamplingParams(**params), seed, [1, 2, 3] if prompt is None else prompt, output or [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from minfer.sampling.rng import STREAM_SEED, STREAM_TOKEN, derive_seed, philox, uniforms
+from minfer.sampling.rng import STREAM_SEED, STREAM_TOKEN, UniformsAhead, derive_seed, philox, uniforms
 
 KNOWN = [  # counter, key, result of philox4x32-10
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -52,6 +52,17 @@ def test_uniforms_depend_on_the_pair_alone() -> None:
     together = uniforms(seeds, positions)
     assert [uniforms([s], [p])[0] for s, p in zip(seeds, positions, strict=True)] == together.tolist()
     assert len(set(together.tolist())) == 5
+
+
+def test_numbers_made_ahead_are_the_same_numbers() -> None:
+    """Rows that advance, come, go and go back, with fewer runs kept than there are rows."""
+    rng, ahead = np.random.default_rng(0), UniformsAhead(capacity=5)
+    positions = rng.integers(0, 100, 12)
+    for _ in range(60):
+        chosen = rng.permutation(12)[: rng.integers(0, 12)]
+        positions[chosen] = np.maximum(positions[chosen] + rng.integers(-3, 9, len(chosen)), 0)
+        pairs = [(int(row) - 3, int(positions[row])) for row in chosen]
+        assert ahead(pairs) == uniforms([seed for seed, _ in pairs], [position for _, position in pairs]).tolist()
 
 
 def test_all_64_bits_of_a_seed_count() -> None:

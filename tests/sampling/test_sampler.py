@@ -107,7 +107,7 @@ def test_every_surviving_token_can_be_drawn_and_no_other(params: dict[str, float
     grid = 4096
     rows = [make_row(i, **params) for i in range(grid)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minfer.sampling.sampler.uniforms", lambda seeds, positions: (torch.tensor(seeds).double() + 0.5).div(grid).numpy())
+        patch.setattr("minfer.sampling.rng.UniformsAhead.__call__", lambda self, pairs: [(seed + 0.5) / grid for seed, _ in pairs])
         tokens = torch.tensor(sample_once(logits[None].repeat(grid, 1), rows))
     share = torch.bincount(tokens, minlength=vocab).double() / grid
     assert (share - probabilities).abs().max() <= 1.01 / grid

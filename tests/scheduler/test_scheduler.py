@@ -255,6 +255,8 @@ actions = st.lists(
     policy=st.sampled_from(["fcfs", "priority", "fair"]),
     prefix_caching=st.booleans(),
     right=st.sampled_from([None, 0, 2, 9]),
+    overlap=st.booleans(),
+    eos=st.sampled_from([-1, 7]),
 )
 def test_any_sequence_of_add_step_abort_keeps_every_invariant(
     script: list[tuple[object, ...]],
@@ -266,10 +268,13 @@ def test_any_sequence_of_add_step_abort_keeps_every_invariant(
     policy: str,
     prefix_caching: bool,
     right: int | None,
+    overlap: bool,
+    eos: int,
 ) -> None:
     """Prompts come from few families, so that prefixes, forks and eviction all occur; `FakeEngine.step` checks what is read.
 
-    Nine drafts a step, the first `right` of them right, or none at all.
+    Nine drafts a step, the first `right` of them right, or none at all. With `eos` some end before their time, which with `overlap` is
+    known only when their next step has run.
     """
     num_blocks = max(num_blocks, -(-42 // block_size))
     engine = FakeEngine(
@@ -280,6 +285,8 @@ def test_any_sequence_of_add_step_abort_keeps_every_invariant(
         max_num_batched_tokens=max(budget, seats),
         max_prefill_chunk=chunk,
         prefix_caching=prefix_caching,
+        overlap=overlap,
+        eos=eos,
     )
     if right is not None:
         engine.drafts = lambda tokens: guesses(tokens, right, 9)
@@ -302,7 +309,7 @@ def test_any_sequence_of_add_step_abort_keeps_every_invariant(
     for request in engine.requests:
         assert request.finished
         if request not in aborted:
-            assert request.output_token_ids == expected_output(request.prompt_token_ids, request.params.max_tokens or 0)
+            assert request.output_token_ids == expected_output(request.prompt_token_ids, request.params.max_tokens or 0, eos)
     pool = engine.scheduler.pool
     assert pool.num_used == 0
     assert all(pool.references(block) == 0 for block in range(pool.num_blocks))
@@ -416,3 +423,34 @@ def finishing_order(engine: FakeEngine) -> list[Request]:
         order += [r for r in engine.requests if r.finished and r not in order]
     order += [r for r in engine.requests if r.finished and r not in order]
     return order
+
+
+def test_steps_overlap_without_one_more_step_than_there_are_tokens() -> None:
+    """A request that ends by its length is not scheduled beyond it, so only a token that ends it costs a row for nothing."""
+    engine = FakeEngine(num_blocks=64, overlap=True)
+    (request,) = engine.add(prompt_of(7), 12)
+    engine.run()
+    assert request.output_token_ids == expected_output(prompt_of(7), 12)
+    assert [step["r0"] for step in engine.computed_per_step] == [7] + [1] * 11
+    assert engine.ahead is None
+
+
+def test_a_request_that_ended_while_its_next_step_ran_leaves_nothing_and_counts_nothing() -> None:
+    plain, ahead = FakeEngine(num_blocks=64, eos=7), FakeEngine(num_blocks=64, eos=7, overlap=True)
+    prompt = next(p for p in (prompt_of(6, seed) for seed in range(1000)) if 2 < len(expected_output(p, 20, 7)) < 20)
+    for engine in (plain, ahead):
+        (request,) = engine.add(prompt, 30)
+        while engine.step():
+            pass
+        assert request.output_token_ids == expected_output(prompt, 30, 7)
+        assert engine.scheduler.pool.num_used == 0
+    assert ahead.scheduler.stats.num_computed_tokens == plain.scheduler.stats.num_computed_tokens
+    assert ahead.scheduler.stats.num_steps == plain.scheduler.stats.num_steps + 1
+
+
+def test_a_request_that_is_preempted_while_its_token_is_drawn_gets_the_token() -> None:
+    engine = FakeEngine(num_blocks=8, overlap=True)
+    requests = [*engine.add(prompt_of(7, 1), 20), *engine.add(prompt_of(7, 2), 20)]
+    engine.run()
+    assert requests[1].num_preemptions
+    assert [request.output_token_ids for request in requests] == [expected_output(prompt_of(7, seed), 20) for seed in (1, 2)]

@@ -159,7 +159,7 @@ class Machine:
             request.num_computed_tokens = 1
         begun = self.now
         while any(len(request.output_token_ids) <= tokens for request in requests):
-            items = [ScheduledRequest(r, r.num_computed_tokens, 1 + len(r.draft_token_ids), r.draft_token_ids) for r in requests]
+            items = [ScheduledRequest(r, r.num_computed_tokens, 1 + len(r.draft_token_ids), True, r.draft_token_ids) for r in requests]
             total = sum(item.num_new_tokens for item in items)
             speculation.costs.observe(total, self.spend(self.step, total))
             for item in items:

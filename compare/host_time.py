@@ -1,0 +1,123 @@
+"""`python -m compare.host_time`: would this host keep a fast GPU busy? Decode steps of the real engine over a simulated device.
+
+Every case is `minfer bench MODEL --simulate GPU`, all in one process. Writes `results/host-time-<date>-<host>.json`, to which parts that
+are run by themselves (`--models`, `--gpus`) are added. The tables of `docs/host-time.md` are made from that file alone (`--from`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import socket
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compare import machine
+from compare.ablation import ROOT, fill
+from minfer.cli.measure import Shape
+from minfer.cli.simulated import PARTS, simulate
+from minfer.config import EngineConfig
+
+PAGE = ROOT / "docs" / "host-time.md"
+MODELS = ("llama2-7b", "llama3.1-8b", "qwen2.5-0.5b")
+WEIGHTS = {"bf16": "none", "fp8": "fp8", "int4": "int4"}  # and the value of --quant
+BATCHES = (1, 64, 256)
+PROMPT, OUTPUT = 256, 100
+HARDEST = ("qwen2.5-0.5b", "int4")  # the shortest steps: whose parts are shown
+
+Case = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m compare.host_time", description=__doc__)
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--gpus", nargs="+", default=("h200", "h100"))
+    parser.add_argument("--from", dest="source", type=Path, help="make the page from an earlier run's file")
+    options = parser.parse_args()
+    source = options.source or measure(options.models, options.gpus)
+    page = fill(PAGE.read_text(), tables(json.loads(source.read_text())))
+    PAGE.write_text(page)
+    print(f"{source} -> {PAGE}")
+
+
+def measure(models: Sequence[str], gpus: Sequence[str]) -> Path:
+    target = ROOT / "results" / f"host-time-{time.strftime('%Y-%m-%d')}-{socket.gethostname()}.json"
+    earlier: Iterable[Case] = json.loads(target.read_text())["cases"] if target.exists() else ()
+    cases = {name_of(case): case for case in earlier}
+    for model, gpu, weights, batch in itertools.product(models, gpus, WEIGHTS, BATCHES):
+        for overlap in ("off", "on"):
+            case = run(model, gpu, weights, batch, overlap)
+            cases[name_of(case)] = case
+            print(f"{model} {weights} on {gpu}, batch {batch}, overlap {overlap}: {case['step_ms']}", file=sys.stderr)
+    versions = {"torch": torch.__version__}
+    facts = {"machine": machine.describe(), "versions": versions, "command": "python -m compare.host_time"}
+    target.write_text(json.dumps({**facts, "cases": list(cases.values())}, indent=1) + "\n")
+    return target
+
+
+def run(model: str, gpu: str, weights: str, batch: int, overlap: str) -> Case:
+    settings: dict[str, Any] = {"max_num_seqs": 256, "max_model_len": 1024, "tokenizer": "smollm2-135m"}
+    config = EngineConfig(model=model, quant=WEIGHTS[weights], overlap=overlap, **settings)  # type: ignore[arg-type]
+    gc.unfreeze()  # the case before
+    return simulate(config, gpu, Shape(PROMPT, OUTPUT, batch))
+
+
+def name_of(case: Case) -> tuple[Any, ...]:
+    return case["model"], case["gpu"], case["weights"], case["batch_size"], case["overlap"]
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    cases = {name_of(case): case for case in results["cases"]}
+    host = results["machine"]
+    said = (
+        f"Host: {host.get('cpu', 'this CPU')}, Python {host['python']}, torch {results['versions']['torch']}; prompts of {PROMPT} tokens, "
+        f"{OUTPUT} generated, outputs told token by token, with text; medians, and 99th percentiles behind a slash; `{results['command']}`."
+    )
+    lines = [said, ""]
+    for gpu in dict.fromkeys(case["gpu"] for case in results["cases"]):
+        lines += [*_steps(cases, gpu), ""]
+    return "\n".join([*lines, *_parts(cases)]) + "\n"
+
+
+def _steps(cases: Mapping[tuple[Any, ...], Case], gpu: str) -> list[str]:
+    lines = [
+        f"| {gpu.upper()}, ms per decode step | batch | device | host | idle, no overlap | idle, overlap | tokens/s, overlap : none |",
+        "|---" * 7 + "|",
+    ]
+    for model, weights, batch in itertools.product(MODELS, WEIGHTS, BATCHES):
+        off, on = (cases.get((model, gpu, weights, batch, overlap)) for overlap in (False, True))
+        if off is None or on is None:
+            continue
+        gain = off["step_ms"][0] / on["step_ms"][0]
+        cells = [f"{on['device_ms'][0]:.2f}", *(_pair(of) for of in (on["host_ms"], off["idle_ms"], on["idle_ms"])), f"{gain:.2f}x"]
+        lines.append(f"| {model} {weights} | {batch} | {' | '.join(cells)} |")
+    return lines
+
+
+def _parts(cases: Mapping[tuple[Any, ...], Case]) -> list[str]:
+    model, weights = HARDEST
+    lines = [
+        f"| ms of the host's time, {model} {weights} | {' | '.join(PARTS)} | all | of which launching |",
+        "|---" * (len(PARTS) + 3) + "|",
+    ]
+    for batch in BATCHES:
+        case = cases.get((model, "h200", weights, batch, True))
+        if case is not None:
+            cells = [_pair(case["host_parts_ms"][part]) for part in PARTS]
+            lines.append(f"| batch {batch} | {' | '.join(cells)} | {_pair(case['host_ms'])} | {case['launch_ms'][0]:.3f} |")
+    return lines
+
+
+def _pair(spread: Sequence[float]) -> str:
+    return f"{spread[0]:.2f} / {spread[1]:.2f}"
+
+
+if __name__ == "__main__":
+    main()

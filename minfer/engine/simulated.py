@@ -1,0 +1,73 @@
+"""An `Engine` over a simulated GPU (`kernels/simulated.py`): loop, scheduler and text are the real ones, the model is its shapes.
+
+Weights and KV cache are torch's "meta" tensors, so a 7B model takes no memory and loads at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from minfer.config import EngineConfig, ModelConfig
+from minfer.engine.engine import Engine
+from minfer.engine.output_processor import OutputProcessor
+from minfer.errors import ConfigError
+from minfer.kernels import Ops
+from minfer.kernels.simulated import ELEMENTS, Gpu, SimulatedBackend, SimulatedDevice
+from minfer.kvcache import KVCache
+from minfer.layers.loading import load_weights
+from minfer.loader import open_checkpoint, resolve_model
+from minfer.models import create_model
+from minfer.runner import LoadedModel
+from minfer.runner.decode_graphs import DecodeGraphs
+from minfer.runner.load import PhaseTimer, pick_max_len
+from minfer.tokenizer import Tokenizer
+
+_META, _HOST = torch.device("meta"), torch.device("cpu")
+_MEMORY_SHARE = 0.9
+
+
+def simulated_engine(config: EngineConfig, gpu: Gpu, element: str, tokenizer: Tokenizer | None = None) -> tuple[Engine, SimulatedDevice]:
+    """`element` is that of the matrices: bf16, fp8 or int4. Tokens are random ids that `tokenizer` knows, and its text noise.
+
+    Raises ConfigError where the model doesn't fit the GPU, or the config asks for what can't be simulated.
+    """
+    if config.speculative != "none":
+        raise ConfigError("drafts can't be simulated: how many are right depends on the model's words")
+    checkpoint = open_checkpoint(resolve_model(config.model, revision=config.revision, load_format="dummy"))
+    model_config = checkpoint.config
+    max_len = pick_max_len(config, model_config)
+    vocab = model_config.vocab_size
+    device = SimulatedDevice(gpu)
+    backend = SimulatedBackend(device, element, vocab, min(vocab, tokenizer.vocab_size) if tokenizer is not None else vocab)
+    ops = Ops([backend], torch.bfloat16)
+    with torch.inference_mode():
+        model = create_model(model_config, ops, max_len, _META)
+        load_weights(
+            model, ((name, torch.empty(shape, dtype=torch.bfloat16, device=_META)) for name, shape in model_config.tensor_shapes())
+        )
+    blocks = _num_blocks(config, model_config, max_len, gpu, element)
+    cache = KVCache(model_config, blocks, config.block_size, torch.bfloat16, _META)
+    names: dict[str, Any] = {"device": "cpu", "dtype": "bfloat16", "kv_cache_dtype": "bf16", "max_model_len": max_len}
+    resolved = dataclasses.replace(config, **names)
+    engine = Engine(LoadedModel(resolved, model_config, checkpoint, model, ops, cache, _HOST, PhaseTimer(lambda name: None)), None)
+    engine.outputs = OutputProcessor(tokenizer)  # which may know fewer ids than the model, so it isn't the engine's own
+    if config.graphs:
+        sizes = (config.max_num_seqs, max_len, config.block_size)
+        engine.core.runner.graph = DecodeGraphs(lambda batch: model.forward_states(batch, cache, ()), _HOST, *sizes, device.record)
+    return engine, device
+
+
+def _num_blocks(config: EngineConfig, model: ModelConfig, max_len: int, gpu: Gpu, element: str) -> int:
+    sizes = ((shape, torch.Size(shape).numel()) for _, shape in model.tensor_shapes())
+    bits = sum(count * (16 if len(shape) == 1 or shape[0] == model.vocab_size else ELEMENTS[element][0]) for shape, count in sizes)
+    block_bytes = KVCache.block_bytes(model, config.block_size, torch.bfloat16)
+    per_sequence = -(-max_len // config.block_size)
+    blocks = min(int(_MEMORY_SHARE * (gpu.memory - bits / 8)) // block_bytes, per_sequence * config.max_num_seqs)
+    if blocks < per_sequence:
+        raise ConfigError(
+            f"{config.model} with a sequence of {max_len} tokens doesn't fit the memory of one {gpu.name}; lower --max-model-len"
+        )
+    return blocks

@@ -1,0 +1,243 @@
+"""A GPU that is only played: the engine's loop runs as it is, and each kernel takes the time that a cost model says.
+
+What it is for: to see, on any machine, whether the host keeps up with a fast GPU. Nothing is computed. A launch costs the host what
+launching costs and returns; the device is a clock, at which kernels queue up one behind the other; reading a result waits for it.
+
+    kernel seconds = max(bytes / bandwidth, operations / peak) + the gap between two kernels
+
+That is a roofline: no kernel is faster, so a host that keeps up with it keeps up with the device. Peaks and bandwidths are the
+makers' data sheets (dense, without sparsity); the gap of 1.3 us between kernels of a CUDA graph was published for the H100 (Hazy
+Research, "Look Ma, No Bubbles", 2025). What a launch costs the host depends on its processor: a compiled Triton kernel 11 us,
+a graph 10 us, a copy or an event 5 us are what is commonly measured, and can be changed.
+
+torch's own small operations on the step's index tensors are done for real, on the CPU. Left out: clocks that drop under load, kernels that
+share the device, copies over the bus, whose bytes take no time here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from minfer.batch import Batch
+from minfer.errors import ConfigError
+from minfer.kernels.fetch import Arrival
+from minfer.kernels.ops import Backend, Weight
+from minfer.kvcache import LayerCache
+from minfer.quant import PackedWeight
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Bytes and operations a second, and seconds. `memory` in bytes."""
+
+    name: str
+    memory: int
+    bandwidth: float
+    bf16: float
+    fp8: float
+    gap: float = 1.3e-6  # between kernels of a graph
+    launch: float = 11e-6  # of one kernel, on the host
+    graph_launch: float = 10e-6  # of a whole graph, on the host
+    call: float = 5e-6  # of a copy or an event, on the host
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("h100", 80 * GIB, 3.35e12, 989e12, 1979e12),
+        Gpu("h200", 141 * GIB, 4.8e12, 989e12, 1979e12),
+    )
+}
+
+# Bits an element of a matrix takes, scales and zero points included, and what its products are counted against.
+ELEMENTS: dict[str, tuple[float, str]] = {"bf16": (16, "bf16"), "fp8": (8, "fp8"), "int4": (5, "bf16")}
+
+
+def find_gpu(name: str) -> Gpu:
+    if name not in GPUS:
+        raise ConfigError(f"there is no model of a GPU called {name!r}; known are {', '.join(GPUS)}")
+    return GPUS[name]
+
+
+@dataclass(slots=True)
+class _Recording:
+    """What a captured graph takes: seconds, and seconds for each token that its attention reads."""
+
+    seconds: float = 0.0
+    per_token: float = 0.0
+    lengths: torch.Tensor | None = None  # the static batch's, which the next replay fills anew
+
+
+class SimulatedDevice:
+    """The clock. Seconds since `reset`: `busy` with kernels, `idle` because nothing was launched, `launching` what that cost the host."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+        self.busy = self.idle = self.launching = 0.0
+        self._free_at = 0.0
+        self._recording: _Recording | None = None
+
+    def reset(self) -> tuple[float, float, float]:
+        """(busy, idle, launching) since the last time."""
+        spent = self.busy, self.idle, self.launching
+        self.busy = self.idle = self.launching = 0.0
+        return spent
+
+    def kernel(self, num_bytes: float, operations: float = 0.0, peak: str = "bf16") -> None:
+        """Launches a kernel, or adds it to the graph that is being captured."""
+        gpu = self.gpu
+        seconds = max(num_bytes / gpu.bandwidth, operations / getattr(gpu, peak)) + gpu.gap
+        if self._recording is None:
+            self._host(gpu.launch)
+            self._queue(seconds)
+        else:
+            self._recording.seconds += seconds
+
+    def decode_attention(self, num_bytes: float, bytes_per_token: float, batch: Batch) -> None:
+        """Launches the attention of a step of one token a request, which reads all keys and values once."""
+        if self._recording is None:
+            self.kernel(num_bytes + bytes_per_token * sum(batch.seq_lens_host))
+        else:
+            self.kernel(num_bytes)
+            self._recording.per_token += bytes_per_token / self.gpu.bandwidth
+            self._recording.lengths = batch.seq_lens
+
+    def record(self, run: Callable[[], Sequence[torch.Tensor]]) -> Callable[[], Sequence[torch.Tensor]]:
+        """Stands in for the capture of a CUDA graph (`runner/decode_graphs.py`)."""
+        self._recording = graph = _Recording()
+        try:
+            out = run()
+        finally:
+            self._recording = None
+
+        def replay() -> Sequence[torch.Tensor]:
+            self._host(self.gpu.graph_launch)
+            self._queue(graph.seconds + (0.0 if graph.lengths is None else graph.per_token * int(graph.lengths.sum())))
+            return out
+
+        return replay
+
+    def fetch(self, *tensors: torch.Tensor) -> Arrival:
+        """Begins to bring tensors to the host, as `kernels/fetch.py` does."""
+        self._host((len(tensors) + 1) * self.gpu.call)
+        done = self._free_at
+
+        def wait() -> list[Any]:
+            _wait_until(done)
+            return [tensor.tolist() for tensor in tensors]
+
+        return wait
+
+    def _host(self, seconds: float) -> None:
+        self.launching += seconds
+        _wait_until(time.perf_counter() + seconds)
+
+    def _queue(self, seconds: float) -> None:
+        now = time.perf_counter()
+        if now > self._free_at:
+            self.idle += now - self._free_at
+            self._free_at = now
+        self._free_at += seconds
+        self.busy += seconds
+
+
+def _wait_until(moment: float) -> None:
+    while (left := moment - time.perf_counter()) > 0:
+        if left > 1e-3:
+            time.sleep(left - 5e-4)
+
+
+class SimulatedWeight(Weight):
+    def __init__(self, device: SimulatedDevice, shape: Sequence[int], element: str, zero: torch.Tensor) -> None:
+        self.shape = torch.Size(shape)
+        self._device = device
+        self._bits, self._peak = ELEMENTS[element]
+        self._zero = zero
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.shape.numel() * self._bits / 8)
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        rows, (outputs, inputs) = x.shape[0], self.shape
+        self._device.kernel(self.nbytes + 2 * rows * (inputs + outputs), 2.0 * rows * outputs * inputs, self._peak)
+        return self._zero.expand(rows, outputs)
+
+    def embedding(self, ids: torch.Tensor) -> torch.Tensor:
+        self._device.kernel(4.0 * ids.shape[0] * self.shape[1])
+        return self._zero.expand(ids.shape[0], self.shape[1])
+
+
+class SimulatedBackend(Backend):
+    """Every op as a kernel of that many bytes; the tensors that come out are one zero, shown in the right shape.
+
+    `element` is that of all matrices but those with `vocab_size` rows, which stay in 16 bits. Tokens are drawn at random, below
+    `tokens_below`, so that there is something to detokenise.
+    """
+
+    name = "simulated"
+
+    def __init__(self, device: SimulatedDevice, element: str, vocab_size: int, tokens_below: int) -> None:
+        if element not in ELEMENTS:
+            raise ConfigError(f"weights can be simulated as {', '.join(ELEMENTS)}, not {element!r}")
+        self.device = device
+        self.element = element
+        self.vocab_size = vocab_size
+        self.fetch = device.fetch
+        self._zero = torch.zeros(1, 1)
+        self._tokens = torch.randint(tokens_below, (8192,), generator=torch.Generator().manual_seed(0))
+        self._drawn = 0
+
+    def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
+        element = "bf16" if weight.shape[0] == self.vocab_size else self.element
+        return SimulatedWeight(self.device, weight.shape, element, self._zero)
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.device.kernel(2.0 * x.numel() * 4)
+        return x, x
+
+    def rotary(self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> None:
+        self.device.kernel(2.0 * 2 * (q.numel() + k.numel()))
+
+    def write_kv(self, k: torch.Tensor, v: torch.Tensor, cache: LayerCache, slots: torch.Tensor) -> None:
+        self.device.kernel(2.0 * 2 * (k.numel() + v.numel()))
+
+    def attention(
+        self, q: torch.Tensor, cache: LayerCache, batch: Batch, scale: float, window: int | None = None, softcap: float | None = None
+    ) -> torch.Tensor:
+        tokens, heads, dim = q.shape
+        row, own = 2.0 * cache.kv_heads * cache.format.row_bytes(dim), 4.0 * q.numel()
+        if tokens == batch.num_requests:
+            self.device.decode_attention(own, row, batch)
+        else:
+            pairs = sum(new * (end - (new - 1) / 2) for new, end in zip(batch.query_lens_host, batch.seq_lens_host, strict=True))
+            self.device.kernel(own + row * sum(batch.seq_lens_host), 4.0 * heads * dim * pairs)
+        return self._zero[:, :, None].expand(tokens, heads, dim)
+
+    def act_mul(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        self.device.kernel(3.0 * x.numel())
+        return self._zero.expand(x.shape[0], x.shape[1] // 2)
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        self.device.kernel(4.0 * logits.numel())
+        return self._pick(logits.shape[0])
+
+    def sample(self, logits: torch.Tensor, wishes: torch.Tensor) -> torch.Tensor:
+        self.device.kernel(2 * 4.0 * logits.numel())
+        return self._pick(logits.shape[0])
+
+    def _pick(self, rows: int) -> torch.Tensor:
+        if self._drawn + rows > len(self._tokens):
+            self._drawn = 0
+        picked = self._tokens[self._drawn : self._drawn + rows]
+        self._drawn += rows
+        return picked
