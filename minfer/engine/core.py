@@ -187,7 +187,10 @@ class EngineCore:
         newest = None if before is None else _newest(plan, before)
         hidden = self.runner.run(spans, plan.copies, newest)  # [S, H], the rows that spans ask for
         rows, at = _sampling_rows(plan, wanted)
-        scores, pooled = self._score_prompts(plan, wanted, hidden), _pool(plan, wanted, hidden)
+        scores: dict[Request, Scores] = {}
+        pooled: dict[Request, Pooled] = {}
+        if len(at) < len(hidden):  # somebody wants more of them than to draw the next token
+            scores, pooled = self._score_prompts(plan, wanted, hidden), _pool(plan, wanted, hidden)
         logits = self.runner.logits(hidden if len(at) == len(hidden) else hidden[at])
         t2 = time.perf_counter()
         drawn = self.sampler.draw(logits, rows)
@@ -227,11 +230,12 @@ class EngineCore:
             row += 1 + len(item.drafts)
             if request.finished:
                 continue
-            at = [start]
-            if item.drafts:
-                item.kept = accepted(item.drafts, item.parents, sampled.token_ids[start:row])
-                at += (start + number for number in item.kept)
-            if sampled.failed and any(bad in at for bad in sampled.failed):
+            if not item.drafts and not sampled.failed:  # as nearly always
+                outputs[request] = CoreOutput(request, [sampled.token_ids[start]], [sampled.logprobs[start]])
+                continue
+            item.kept = accepted(item.drafts, item.parents, sampled.token_ids[start:row])
+            at = [start, *(start + number for number in item.kept)]
+            if any(bad in at for bad in sampled.failed):
                 failed.append(request)
                 continue
             outputs[request] = CoreOutput(request, [sampled.token_ids[i] for i in at], [sampled.logprobs[i] for i in at])
@@ -358,7 +362,7 @@ def _add_spans(item: ScheduledRequest, spans: list[RowSpan]) -> int:
     Returns how many of their logits are wanted.
     """
     if item.request.pooling is not None:
-        logits = item.num_new_tokens if item.request.pooling == "mean" else int(item.reaches_end)
+        logits = item.num_new_tokens if item.request.pooling == "mean" else int(item.completes_prompt)
     else:
         logits = item.num_new_tokens if _wants_scores(item) else (1 + len(item.drafts) if item.samples else 0)
     if not item.drafts:
@@ -401,6 +405,9 @@ def _sampling_rows(plan: SchedulerOutput, wanted: list[int]) -> tuple[list[Sampl
         row += logits
         if item.samples:
             rows.append(item.request)
+            if not item.drafts:
+                at.append(row - 1)
+                continue
             for number in range(1, len(item.drafts) + 1):
                 rows.append(DraftRow(item.request, [item.drafts[draft - 1] for draft in way(number, item.parents)]))
             at += range(row - 1 - len(item.drafts), row)

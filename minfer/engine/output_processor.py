@@ -37,6 +37,7 @@ class _Sequence:
     # How much of each the caller of a delta has been given.
     sent_text: int = 0
     sent_tokens: int = 0
+    told: bool = False  # also that it is over
     closed: bool = False
 
 
@@ -48,10 +49,11 @@ class _Group:
     metrics: RequestMetrics
     sequences: list[_Sequence]
     prompt_logprobs: list[PositionLogprobs | None] | None
+    num_open: int = 0  # sequences that go on
 
     @property
     def finished(self) -> bool:
-        return all(sequence.closed for sequence in self.sequences)
+        return not self.num_open
 
 
 class OutputProcessor:
@@ -71,7 +73,7 @@ class OutputProcessor:
     def add(self, request_id: str, prompt: str | None, requests: list[Request], kind: OutputKind, arrived: float) -> None:
         sequences = [self._sequence(index, request) for index, request in enumerate(requests)]
         scores: list[PositionLogprobs | None] | None = [None] if requests[0].params.prompt_logprobs is not None else None
-        group = _Group(request_id, prompt, kind, RequestMetrics(arrival_time=arrived), sequences, scores)
+        group = _Group(request_id, prompt, kind, RequestMetrics(arrival_time=arrived), sequences, scores, len(sequences))
         self._groups[request_id] = group
         for sequence in sequences:
             self._home[sequence.request] = group, sequence
@@ -184,18 +186,21 @@ class OutputProcessor:
         """Makes text of the output's tokens up to the `until`-th. Without stop strings nobody needs it before it is told."""
         request, params = sequence.request, sequence.request.params
         said = request.output_token_ids
-        ends = request.finish_reason == "stop" and until == len(said)
-        last = until - (ends and not params.include_stop_str_in_output)  # a stop token is not part of the text
-        tokens = said[sequence.read : last]
-        piece = "" if sequence.detokenizer is None or not tokens else sequence.detokenizer.append(tokens)
+        last = until
+        if request.finish_reason == "stop" and until == len(said) and not params.include_stop_str_in_output:
+            last -= 1  # a stop token is not part of the text
+        piece = "" if sequence.detokenizer is None else sequence.detokenizer.append(said[sequence.read : last])
         sequence.read = until
-        # Stop strings count only once min_tokens have been said.
-        sequence.text.append(sequence.stops.feed(piece) if until >= params.min_tokens else piece)
+        if params.stop and until >= params.min_tokens:  # stop strings count only once min_tokens have been said
+            piece = sequence.stops.feed(piece)
+        if piece:
+            sequence.text.append(piece)
 
     def _close(self, group: _Group, sequence: _Sequence) -> None:
         if sequence.closed:
             return
         sequence.closed = True
+        group.num_open -= 1
         self._ended.append(sequence.request)
         self._catch_up(sequence)
         if sequence.stops.matched is None:
@@ -213,15 +218,17 @@ class OutputProcessor:
 
     def _output(self, group: _Group) -> RequestOutput:
         first = group.sequences[0].request
-        if group.kind == "delta":
-            completions = [self._delta(s) for s in group.sequences if s.closed or s.sent_tokens < len(s.request.output_token_ids)]
-        else:
-            completions = [self._whole(s) for s in group.sequences]
+        completions = []
+        for sequence in group.sequences:
+            if group.kind != "delta":
+                completions.append(self._whole(sequence))
+            elif not sequence.told and (sequence.closed or sequence.sent_tokens < len(sequence.request.output_token_ids)):
+                completions.append(self._delta(sequence))
         return RequestOutput(
             request_id=group.request_id,
             prompt=group.prompt,
             prompt_token_ids=first.prompt_token_ids,
-            outputs=[c for c in completions if c is not None],
+            outputs=completions,
             finished=group.finished,
             metrics=group.metrics,
             prompt_logprobs=group.prompt_logprobs,
@@ -234,16 +241,15 @@ class OutputProcessor:
         logprobs = None if sequence.logprobs is None else list(sequence.logprobs)
         return self._completion(sequence, "".join(sequence.text), list(sequence.request.output_token_ids), logprobs)
 
-    def _delta(self, sequence: _Sequence) -> CompletionOutput | None:
-        """What is new since the last delta; None once the end of the sequence has been told."""
-        if sequence.sent_text < 0:
-            return None
+    def _delta(self, sequence: _Sequence) -> CompletionOutput:
+        """What is new since the last delta."""
         self._catch_up(sequence)
         tokens, seen = sequence.request.output_token_ids, sequence.sent_tokens
         text = "".join(sequence.text[sequence.sent_text :])
         logprobs = None if sequence.logprobs is None else sequence.logprobs[seen:]
         sequence.sent_tokens = len(tokens)
-        sequence.sent_text = -1 if sequence.closed else len(sequence.text)
+        sequence.sent_text = len(sequence.text)
+        sequence.told = sequence.closed
         return self._completion(sequence, text, tokens[seen:], logprobs)
 
     def _completion(

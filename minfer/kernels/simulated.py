@@ -31,6 +31,7 @@ from minfer.kvcache import LayerCache
 from minfer.quant import PackedWeight
 
 GIB = 1024**3
+_WORDS = 64
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,8 @@ class SimulatedWeight(Weight):
 class SimulatedBackend(Backend):
     """Every op as a kernel of that many bytes; the tensors that come out are one zero, shown in the right shape.
 
-    `element` is that of all matrices but those with `vocab_size` rows, which stay in 16 bits. Tokens are drawn at random, below
-    `tokens_below`, so that there is something to detokenise.
+    `element` is that of all matrices but those with `vocab_size` rows, which stay in 16 bits. Tokens are drawn at random from a few ids
+    below `tokens_below`, so that there is something to detokenise and, as in a server that runs for a while, little of it is new.
     """
 
     name = "simulated"
@@ -192,7 +193,9 @@ class SimulatedBackend(Backend):
         self.vocab_size = vocab_size
         self.fetch = device.fetch
         self._zero = torch.zeros(1, 1)
-        self._tokens = torch.randint(tokens_below, (8192,), generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        words = torch.randint(tokens_below, (_WORDS,), generator=generator)
+        self._tokens = words[torch.randint(_WORDS, (8192,), generator=generator)]
         self._drawn = 0
 
     def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:

@@ -46,15 +46,15 @@ class ScheduledRequest:
     request: Request
     start: int
     num_new_tokens: int
-    reaches_end: bool  # whether they reach the request's last token
+    samples: bool  # whether the logits of the request's last token are there, and give the next one
     drafts: Sequence[int] = ()
     parents: Sequence[int] = ()
     kept: Sequence[int] = ()
 
     @property
-    def samples(self) -> bool:
-        """Whether the logits of the request's last token are there, and give the next one."""
-        return self.reaches_end and self.request.pooling is None
+    def completes_prompt(self) -> bool:
+        """Whether they are the last of the prompt."""
+        return self.start + self.num_new_tokens == self.request.num_prompt_tokens
 
     @property
     def decodes(self) -> bool:
@@ -150,12 +150,13 @@ class Scheduler:
         """
         self.stats.num_steps += 1
         finished = []
+        computed = 0
         for item in output.scheduled:
             request = item.request
             request.num_pending -= item.samples
             if request.finished:  # aborted while the step ran, or by a token that came after the step was decided
                 continue
-            self.stats.num_computed_tokens += item.num_new_tokens
+            computed += item.num_new_tokens
             reason = self._append(request, sampled.get(request, ()))
             if request.num_computed_tokens >= (request.published_blocks + 1) * self.block_size:
                 self._publish(request)
@@ -166,6 +167,7 @@ class Scheduler:
                 finished.append(request)
             elif item.drafts:
                 self._give_back(request)
+        self.stats.num_computed_tokens += computed
         return finished
 
     def reserve(self, request: Request, num_tokens: int) -> int:
@@ -214,17 +216,17 @@ class Scheduler:
             if not left:
                 continue  # the token it waits for is its last
             behind = len(self.running) - position
-            count = min(left, self.max_prefill_chunk, budget - behind)
-            at_end = count == left
+            count = 1 if left == 1 else min(left, self.max_prefill_chunk, budget - behind)
+            samples = count == left and request.pooling is None
             drafts: Sequence[int] = ()
             parents: Sequence[int] = ()
-            if at_end and request.draft_token_ids:
+            if samples and request.draft_token_ids:
                 drafts = self._take_drafts(request, budget - behind - count, behind)
                 parents = request.draft_parents[: len(drafts)]
                 count += len(drafts)
             if start + count > len(request.blocks) * self.block_size and not self._make_room(request, count, output):
                 break  # it was last in order, and preempted itself
-            output.scheduled.append(ScheduledRequest(request, start, count, at_end, drafts, parents))
+            output.scheduled.append(ScheduledRequest(request, start, count, samples, drafts, parents))
             budget -= count
         return budget
 
@@ -238,8 +240,10 @@ class Scheduler:
     def _append(self, request: Request, tokens: Sequence[int]) -> tuple[FinishReason, int | None] | None:
         """Appends sampled tokens up to one that ends the request; the KV of all but the newest is there already."""
         for index, token in enumerate(tokens):
-            request.append(token)
-            request.num_computed_tokens += index > 0
+            request.token_ids.append(token)
+            request.output_token_ids.append(token)
+            if index:
+                request.num_computed_tokens += 1
             if token in request.ending_ids or len(request.token_ids) >= request.max_total_tokens:
                 reason = request.why_finished()
                 if reason is not None:
@@ -285,7 +289,8 @@ class Scheduler:
             count = min(request.num_left, self.max_prefill_chunk, budget)
             fits = self._make_room(request, count, output)
             assert fits, "admission has checked that the blocks are there"
-            output.scheduled.append(ScheduledRequest(request, request.num_computed_tokens, count, count == request.num_left))
+            samples = count == request.num_left and request.pooling is None
+            output.scheduled.append(ScheduledRequest(request, request.num_computed_tokens, count, samples))
             budget -= count
         for entry in postponed:
             heapq.heappush(self._waiting, entry)

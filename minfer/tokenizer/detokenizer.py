@@ -1,7 +1,7 @@
 """Tokens to text while they arrive, never half a character.
 
 One token may be a third of a Chinese character or a quarter of an emoji, so a token's text can't be shown on its own. Here each
-token's bytes go through Python's incremental UTF-8 decoder, which keeps an incomplete tail (three bytes at most) until
+token's bytes go through Python's UTF-8 decoder, which leaves an incomplete tail (three bytes at most) alone until
 it is complete or known to be invalid. Nothing is decoded twice and nothing that was emitted is taken back.
 
 The law (a property test holds it for random ids): the pieces joined, `finish()` included, equal `Tokenizer.decode` of all ids.
@@ -28,27 +28,31 @@ class IncrementalDetokenizer:
     def __init__(self, token_bytes: TokenBytes, *, skip_ids: Collection[int] = (), prompt_ids: Sequence[int] = ()) -> None:
         self._token_bytes = token_bytes
         self._skip_ids = skip_ids
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._incomplete = b""  # the tail that may become a character
         self._at_start = True  # no token has counted yet: the next is the first of the text
         self._drop_space = token_bytes.drop_first == " "
         self._prime(prompt_ids)
 
     def append(self, ids: Iterable[int]) -> str:
         """The text that these ids make printable; "" while the tail may still be part of a character."""
-        data = b""
-        for token_id in ids:
-            if token_id in self._skip_ids:
-                continue
-            data += self._token_bytes.first(token_id) if self._at_start else self._token_bytes(token_id)
-            self._at_start = False
-        return self._emit(data, final=False)
+        skip, table = self._skip_ids, self._token_bytes.table
+        if not self._at_start:
+            return self._emit(b"".join([table[token_id] for token_id in ids if token_id not in skip]), final=False)
+        counted = [token_id for token_id in ids if token_id not in skip]
+        if not counted:
+            return ""
+        self._at_start = False
+        return self._emit(self._token_bytes.first(counted[0]) + b"".join([table[token_id] for token_id in counted[1:]]), final=False)
 
     def finish(self) -> str:
         """The rest: U+FFFD where the last tokens left a character incomplete, else "". Call once, at the end."""
         return self._emit(b"", final=True)
 
     def _emit(self, data: bytes, *, final: bool) -> str:
-        text = self._utf8.decode(data, final)
+        if self._incomplete:
+            data = self._incomplete + data
+        text, read = codecs.utf_8_decode(data, "replace", final)
+        self._incomplete = data[read:]
         if self._drop_space and text:
             self._drop_space = False
             return text[1:] if text[0] == " " else text
@@ -65,4 +69,4 @@ class IncrementalDetokenizer:
                 self._at_start = False
         if tail:
             self._drop_space = False
-            self._utf8.decode(tail)
+            self._emit(tail, final=False)

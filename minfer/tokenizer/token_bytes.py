@@ -19,7 +19,7 @@ Left out: WordPiece, CTC and the other decoders that belong to models which don'
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,18 @@ def byte_alphabet() -> dict[str, int]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + rank): byte for rank, byte in enumerate(others)}
+
+
+class _Table(dict[int, bytes]):
+    """A dictionary that makes what it lacks: looking up what it has is one operation of the interpreter's."""
+
+    def __init__(self, make: Callable[[int], bytes]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, token_id: int) -> bytes:
+        made = self[token_id] = self._make(token_id)
+        return made
 
 
 @dataclass
@@ -49,7 +61,10 @@ class TokenBytes:
     replacements: tuple[tuple[str, str], ...]
     byte_fallback: bool
     drop_first: str
-    _known: dict[int, bytes] = field(default_factory=dict)
+    table: dict[int, bytes] = field(init=False)  # made as it is asked; an id that the tokenizer doesn't know is b""
+
+    def __post_init__(self) -> None:
+        self.table = _Table(self._compute)
 
     @classmethod
     def from_backend(cls, backend: Backend, source: str) -> TokenBytes:
@@ -80,10 +95,7 @@ class TokenBytes:
 
     def __call__(self, token_id: int) -> bytes:
         """The bytes of one token; b"" for an id that the tokenizer doesn't know (a padding row of the model's vocabulary)."""
-        known = self._known.get(token_id)
-        if known is None:
-            known = self._known[token_id] = self._compute(token_id)
-        return known
+        return self.table[token_id]
 
     def first(self, token_id: int) -> bytes:
         """The bytes of a token that opens a text, where `Metaspace` drops all of the token's spaces."""
