@@ -24,12 +24,14 @@ from compare.ablation import ROOT, fill
 from minfer.cli.measure import Shape
 from minfer.cli.simulated import PARTS, simulate
 from minfer.config import EngineConfig
+from minfer.engine.outputs import OutputKind
 
 PAGE = ROOT / "docs" / "host-time.md"
 MODELS = ("llama2-7b", "llama3.1-8b", "qwen2.5-0.5b")
 WEIGHTS = {"bf16": "none", "fp8": "fp8", "int4": "int4"}  # and the value of --quant
 BATCHES = (1, 64, 256)
 PROMPT, OUTPUT = 256, 100
+VARIANTS: tuple[tuple[str, OutputKind], ...] = (("off", "delta"), ("on", "delta"), ("on", "final"))
 HARDEST = ("qwen2.5-0.5b", "int4")  # the shortest steps: whose parts are shown
 
 Case = dict[str, Any]
@@ -52,25 +54,25 @@ def measure(models: Sequence[str], gpus: Sequence[str]) -> Path:
     earlier: Iterable[Case] = json.loads(target.read_text())["cases"] if target.exists() else ()
     cases = {name_of(case): case for case in earlier}
     for model, gpu, weights, batch in itertools.product(models, gpus, WEIGHTS, BATCHES):
-        for overlap in ("off", "on"):
-            case = run(model, gpu, weights, batch, overlap)
+        for overlap, outputs in VARIANTS:
+            case = run(model, gpu, weights, batch, overlap, outputs)
             cases[name_of(case)] = case
-            print(f"{model} {weights} on {gpu}, batch {batch}, overlap {overlap}: {case['step_ms']}", file=sys.stderr)
+            print(f"{model} {weights} on {gpu}, batch {batch}, overlap {overlap}, {outputs}: {case['step_ms']}", file=sys.stderr)
     versions = {"torch": torch.__version__}
     facts = {"machine": machine.describe(), "versions": versions, "command": "python -m compare.host_time"}
     target.write_text(json.dumps({**facts, "cases": list(cases.values())}, indent=1) + "\n")
     return target
 
 
-def run(model: str, gpu: str, weights: str, batch: int, overlap: str) -> Case:
+def run(model: str, gpu: str, weights: str, batch: int, overlap: str, outputs: OutputKind) -> Case:
     settings: dict[str, Any] = {"max_num_seqs": 256, "max_model_len": 1024, "tokenizer": "smollm2-135m"}
     config = EngineConfig(model=model, quant=WEIGHTS[weights], overlap=overlap, **settings)  # type: ignore[arg-type]
     gc.unfreeze()  # the case before
-    return simulate(config, gpu, Shape(PROMPT, OUTPUT, batch))
+    return simulate(config, gpu, Shape(PROMPT, OUTPUT, batch), kind=outputs)
 
 
 def name_of(case: Case) -> tuple[Any, ...]:
-    return case["model"], case["gpu"], case["weights"], case["batch_size"], case["overlap"]
+    return case["model"], case["gpu"], case["weights"], case["batch_size"], case["overlap"], case["outputs"]
 
 
 def tables(results: Mapping[str, Any]) -> str:
@@ -78,7 +80,9 @@ def tables(results: Mapping[str, Any]) -> str:
     host = results["machine"]
     said = (
         f"Host: {host.get('cpu', 'this CPU')}, Python {host['python']}, torch {results['versions']['torch']}; prompts of {PROMPT} tokens, "
-        f"{OUTPUT} generated, outputs told token by token, with text; medians, and 99th percentiles behind a slash; `{results['command']}`."
+        f"{OUTPUT} generated, with text; medians, and 99th percentiles behind a slash; `{results['command']}`. The first columns are "
+        "of requests that are told each token, as a server's streams are; *offline* are those that are told their text at the end, as "
+        "from `LLM.generate`."
     )
     lines = [said, ""]
     for gpu in dict.fromkeys(case["gpu"] for case in results["cases"]):
@@ -88,15 +92,18 @@ def tables(results: Mapping[str, Any]) -> str:
 
 def _steps(cases: Mapping[tuple[Any, ...], Case], gpu: str) -> list[str]:
     lines = [
-        f"| {gpu.upper()}, ms per decode step | batch | device | host | idle, no overlap | idle, overlap | tokens/s, overlap : none |",
-        "|---" * 7 + "|",
+        f"| {gpu.upper()}, ms per decode step | batch | device | host | idle, no overlap | idle, overlap | tokens/s, overlap : none "
+        "| host, offline | idle, offline, overlap |",
+        "|---" * 9 + "|",
     ]
     for model, weights, batch in itertools.product(MODELS, WEIGHTS, BATCHES):
-        off, on = (cases.get((model, gpu, weights, batch, overlap)) for overlap in (False, True))
-        if off is None or on is None:
+        keys = [(model, gpu, weights, batch, overlap == "on", outputs) for overlap, outputs in VARIANTS]
+        if not all(key in cases for key in keys):
             continue
+        off, on, offline = (cases[key] for key in keys)
         gain = off["step_ms"][0] / on["step_ms"][0]
         cells = [f"{on['device_ms'][0]:.2f}", *(_pair(of) for of in (on["host_ms"], off["idle_ms"], on["idle_ms"])), f"{gain:.2f}x"]
+        cells += [_pair(offline["host_ms"]), _pair(offline["idle_ms"])]
         lines.append(f"| {model} {weights} | {batch} | {' | '.join(cells)} |")
     return lines
 
@@ -107,11 +114,11 @@ def _parts(cases: Mapping[tuple[Any, ...], Case]) -> list[str]:
         f"| ms of the host's time, {model} {weights} | {' | '.join(PARTS)} | all | of which launching |",
         "|---" * (len(PARTS) + 3) + "|",
     ]
-    for batch in BATCHES:
-        case = cases.get((model, "h200", weights, batch, True))
+    for batch, (outputs, said) in itertools.product(BATCHES, (("delta", ""), ("final", ", offline"))):
+        case = cases.get((model, "h200", weights, batch, True, outputs))
         if case is not None:
             cells = [_pair(case["host_parts_ms"][part]) for part in PARTS]
-            lines.append(f"| batch {batch} | {' | '.join(cells)} | {_pair(case['host_ms'])} | {case['launch_ms'][0]:.3f} |")
+            lines.append(f"| batch {batch}{said} | {' | '.join(cells)} | {_pair(case['host_ms'])} | {case['launch_ms'][0]:.3f} |")
     return lines
 
 

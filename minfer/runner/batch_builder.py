@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from minfer.batch import Batch
 
 _Ints = NDArray[np.int64]
+FEW = 8
 
 
 class BatchRow(Protocol):
@@ -123,17 +124,32 @@ class BatchBuilder:
             total += count
             if len(tokens) < total:
                 tokens.append(0)
-        starts = np.array([span.start for span in spans])
-        counts = np.array([span.count for span in spans])
-        logits = np.array([span.logits for span in spans])
-        num_logits = self._fill(host, tokens, starts, counts, logits)
+        query_lens, seq_lens = [span.count for span in spans], [span.start + span.count for span in spans]
+        if total == len(spans) <= FEW:
+            num_logits = self._fill_singly(host, tokens, spans)
+        else:
+            starts, counts, logits = (np.array(values) for values in zip(*((s.start, s.count, s.logits) for s in spans), strict=True))
+            num_logits = self._fill(host, tokens, starts, counts, logits)
         views = host.views(total, len(spans), widest, num_logits)
         if any(span.tail for span in spans):
             self._fill_tails(host, spans)
             views = {**views, "tails": host.tensors["tails"][: len(spans)]}
         if self.device.type != "cpu":
             views = {name: tensor.to(self.device, non_blocking=True) for name, tensor in views.items()}
-        return Batch(**views, query_lens_host=counts.tolist(), seq_lens_host=(starts + counts).tolist())
+        return Batch(**views, query_lens_host=query_lens, seq_lens_host=seq_lens)
+
+    def _fill_singly(self, host: _Buffers, tokens: list[int], spans: Sequence[RowSpan]) -> int:
+        """`_fill` where a few requests have one token each: less work than operations on arrays are, however short."""
+        into, size, num_logits = host.arrays, self.block_size, 0
+        for r, span in enumerate(spans):
+            start = span.start
+            into["token_ids"][r], into["positions"][r], into["seq_lens"][r] = tokens[r], start, start + 1
+            into["slots"][r] = span.row.blocks[start // size] * size + start % size
+            into["query_start"][r + 1] = r + 1
+            if span.logits:
+                into["logits_at"][num_logits] = r
+                num_logits += 1
+        return num_logits
 
     def _fill(self, host: _Buffers, tokens: list[int], starts: _Ints, counts: _Ints, logits: _Ints) -> int:
         """Writes all but the block tables, which are there already. Returns how many tokens' logits are wanted."""

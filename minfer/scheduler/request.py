@@ -102,6 +102,10 @@ class Request:
         """Whether every prompt token's hidden state is wanted, so that none may come from the prefix cache."""
         return self.params.prompt_logprobs is not None or self.pooling == "mean"
 
+    def append(self, token: int) -> None:
+        self.token_ids.append(token)
+        self.output_token_ids.append(token)
+
     def cut(self, count: int) -> None:
         """Takes back all output after its first `count` tokens; only for a request that is finished."""
         del self.output_token_ids[count:]

@@ -240,8 +240,7 @@ class Scheduler:
     def _append(self, request: Request, tokens: Sequence[int]) -> tuple[FinishReason, int | None] | None:
         """Appends sampled tokens up to one that ends the request; the KV of all but the newest is there already."""
         for index, token in enumerate(tokens):
-            request.token_ids.append(token)
-            request.output_token_ids.append(token)
+            request.append(token)
             if index:
                 request.num_computed_tokens += 1
             if token in request.ending_ids or len(request.token_ids) >= request.max_total_tokens:

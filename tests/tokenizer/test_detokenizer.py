@@ -114,7 +114,11 @@ def test_cost_per_token_does_not_grow_with_the_text() -> None:
             asked.append(token_id)
             return "你".encode()[token_id % 3 : token_id % 3 + 1]
 
-        first = __call__
+        first = __getitem__ = __call__
+
+        @property
+        def table(self) -> Counting:
+            return self
 
     stream = IncrementalDetokenizer(Counting())  # type: ignore[arg-type]
     text = "".join(stream.append([token]) for token in range(3000))
