@@ -15,7 +15,7 @@ def request(grammar: object = "a grammar", status: RequestStatus = RequestStatus
 
 
 def scheduled(*requests: Request) -> list[ScheduledRequest]:
-    return [ScheduledRequest(one, 0, 3) for one in requests]
+    return [ScheduledRequest(one, 0, 3, True) for one in requests]
 
 
 def test_only_running_requests_with_a_form_and_one_token_left() -> None:
@@ -47,9 +47,9 @@ def test_what_it_gave_is_its_own_to_count() -> None:
     drafts = ForcedDrafts(lambda r: [7, 8, 9])
     one, other = request(), request()
     drafts.draft(scheduled(one))
-    assert drafts.verified(ScheduledRequest(one, 0, 4, [7, 8, 9], kept=[1, 2]))
-    assert not drafts.verified(ScheduledRequest(other, 0, 6, [1, 2, 3, 4, 5], kept=[1])), "somebody else's guesses"
+    assert drafts.verified(ScheduledRequest(one, 0, 4, True, [7, 8, 9], kept=[1, 2]))
+    assert not drafts.verified(ScheduledRequest(other, 0, 6, True, [1, 2, 3, 4, 5], kept=[1])), "somebody else's guesses"
     assert (drafts.stats.num_runs, drafts.stats.num_tokens, drafts.stats.num_accepted_tokens) == (1, 3, 2)
     one.status = RequestStatus.FINISHED
     drafts.draft(scheduled(one))
-    assert not drafts.verified(ScheduledRequest(one, 0, 4, [7, 8, 9], kept=[1, 2, 3])), "of an earlier step"
+    assert not drafts.verified(ScheduledRequest(one, 0, 4, True, [7, 8, 9], kept=[1, 2, 3])), "of an earlier step"

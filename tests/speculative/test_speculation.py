@@ -76,6 +76,16 @@ def ask(llm: LLM, batch: Sequence[Ask]) -> list[list[CompletionOutput]]:
     return [output.outputs for output in outputs]
 
 
+def drawn_at_a_boundary(ours: CompletionOutput, theirs: CompletionOutput, backend: str) -> bool:
+    """Whether they part at tokens of neighbouring ids, on the backend whose matrix products round by the number of rows.
+
+    A draw takes the id in whose share of [0, 1) a random number falls. One draw in ten thousand falls within float32's rounding of
+    a bound between two of 500 shares, and then the neighbour is as right. The compiled kernels round alike, and get no such leave.
+    """
+    parted = next(((a, b) for a, b in zip(ours.token_ids, theirs.token_ids, strict=False) if a != b), (0, 0))
+    return backend == "reference" and abs(parted[0] - parted[1]) == 1
+
+
 asks = st.lists(st.tuples(st.integers(1, 120), st.integers(0, 2), st.integers(0, len(PARAMS) - 1)), min_size=1, max_size=6)
 
 
@@ -126,7 +136,8 @@ def test_outputs_are_those_of_plain_decoding(
         },
     )
     for ours, theirs in zip(ask(llm, batch), (ask(plain, [one])[0] for one in batch), strict=True):
-        assert [said(completion) for completion in ours] == [said(completion) for completion in theirs]
+        for completion, expected in zip(ours, theirs, strict=True):
+            assert said(completion) == said(expected) or drawn_at_a_boundary(completion, expected, plain.engine.config.backend)
 
 
 def test_repetition_is_found_and_saves_steps(tiny_llama: Path) -> None:
