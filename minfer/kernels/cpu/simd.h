@@ -231,7 +231,8 @@ inline Vec exp(Vec x) {
 #if defined(MINFER_ISA_avx512)
   return _mm512_scalef_ps(p, n);
 #else
-  const Vec scaled = bit_cast<Vec>(bit_cast<IntVec>(p) + (bit_cast<IntVec>(shifted) << 23));
+  // Unsigned, because far below -104 the sum wraps around; the result is left out then.
+  const Vec scaled = bit_cast<Vec>(bit_cast<UintVec>(p) + (bit_cast<UintVec>(shifted) << 23));
   const Vec finite = select(x > broadcast(88.72f), broadcast(__builtin_inff()), scaled);
   return select(x < broadcast(-87.3f), Vec{}, select(x == x, finite, x));
 #endif
