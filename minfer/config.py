@@ -138,7 +138,7 @@ class EngineConfig:
         if (self.speculative == "draft") != (self.draft_model is not None):
             self._fail("draft_model", "names the model that --speculative draft asks, so each needs the other: it can't be")
         if self.draft_top_k > 1 and self.draft_model is None:
-            self._fail("draft_top_k", "above 1 needs a draft_model that is an EAGLE, EAGLE-3 or Medusa head; it can't be")
+            self._fail("draft_top_k", "must be 1 without a draft_model that is an EAGLE, EAGLE-3 or Medusa head")
         if self.draft_states is not None and (
             self.draft_model is None or not all(n.strip().isdigit() for n in self.draft_states.split(","))
         ):

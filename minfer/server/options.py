@@ -6,6 +6,7 @@ import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
+from urllib.parse import urlsplit
 
 from minfer.config import option
 from minfer.errors import ConfigError
@@ -72,6 +73,9 @@ class ServerOptions:
             choices = get_args(kind)
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and (not endpoint.startswith(("http://", "https://")) or not urlsplit(endpoint).hostname):
+            raise ConfigError(f"otlp_traces_endpoint must be a URL like http://host:4318/v1/traces, not {endpoint!r}")
         for name in ("max_body_bytes", "max_request_tokens", "max_request_sequences", "max_messages", "requests_per_minute"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -105,3 +105,9 @@ def test_without_the_sdk_the_error_names_the_extra(monkeypatch: pytest.MonkeyPat
 def test_without_an_endpoint_nothing_is_imported() -> None:
     with request_spans(None, NAME) as listeners:
         assert not listeners
+
+
+@pytest.mark.parametrize("endpoint", ["", "nonsense", "host:4318", "grpc://host:4317", "http://", "/v1/traces"])
+def test_an_endpoint_that_is_no_url_is_refused(endpoint: str) -> None:
+    with pytest.raises(ConfigError, match="otlp_traces_endpoint must be a URL like http://"):
+        ServerOptions(otlp_traces_endpoint=endpoint)
