@@ -17,7 +17,7 @@ one whose next token depends on the ones before by more than the model (penaltie
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -110,8 +110,8 @@ class _UnderWay:
 
 class EngineCore:
     """`proposer` takes the place of the one that the config asks for; to watch a model's inner states, say. `forced` names the
-    tokens that the form of a request's output leaves no choice about. `may_overlap` is False where a processor wants to see all tokens
-    of requests that don't look back themselves.
+    tokens that the form of a request's output leaves no choice about. `begin` is told before the model runs what will be drawn
+    after it. `may_overlap` is False where a processor wants to see all tokens of requests that don't look back themselves.
     """
 
     def __init__(
@@ -120,6 +120,7 @@ class EngineCore:
         processors: Sequence[LogitsProcessor] = (),
         proposer: Proposer | None = None,
         forced: Forced | None = None,
+        begin: Callable[[Sequence[SamplingRow]], None] = lambda rows: None,
         *,
         may_overlap: bool = True,
     ) -> None:
@@ -135,6 +136,7 @@ class EngineCore:
             prefix_caching=config.prefix_caching,
         )
         self.sampler = _sampler(loaded, processors)
+        self._begin = begin
         proposer = proposer or _proposer(loaded, self.scheduler, processors)
         self.speculation = None if proposer is None else Speculation(proposer, config.num_draft_tokens, config.adaptive_drafts)
         self.forced = None if forced is None or not _drafts_forced(loaded) else ForcedDrafts(forced)
@@ -185,8 +187,9 @@ class EngineCore:
         if self.speculation is not None:
             self.speculation.proposer.copy_blocks(plan.copies)
         newest = None if before is None else _newest(plan, before)
-        hidden = self.runner.run(spans, plan.copies, newest)  # [S, H], the rows that spans ask for
         rows, at = _sampling_rows(plan, wanted)
+        self._begin(rows)
+        hidden = self.runner.run(spans, plan.copies, newest)  # [S, H], the rows that spans ask for
         scores: dict[Request, Scores] = {}
         pooled: dict[Request, Pooled] = {}
         if len(at) < len(hidden):  # somebody wants more of them than to draw the next token

@@ -40,7 +40,8 @@ class Engine:
         self.grammar_masks = GrammarMasks()
         # The grammar has the last word. What the caller's own processors look at isn't known, so steps wait for them.
         everybody = [*own, *processors, self.grammar_masks]
-        self.core = EngineCore(loaded, everybody, forced=self.grammar_masks.forced, may_overlap=not processors)
+        masks = self.grammar_masks
+        self.core = EngineCore(loaded, everybody, forced=masks.forced, begin=masks.begin, may_overlap=not processors)
         self.inputs = InputProcessor(loaded.config, loaded.model_config, tokenizer)
         self.outputs = OutputProcessor(tokenizer)
         self.watchers = Watchers()

@@ -4,6 +4,9 @@ For each row it brings a matcher in line with the request's output, asks it whic
 all other logits to -inf. When the form is complete, what is left is the end-of-sequence token. Like the penalties' histories, a
 matcher is a cache entry found by the prompt's identity and the seed: a preempted request finds it again, and one that was dropped
 meanwhile is made anew from the output. Rows that verify drafts of a request get a matcher each, branched off the request's own.
+
+What may come next depends on the tokens that the model is given, not on what it makes of them. So the masks of a step can be filled
+beside it: `begin` has a thread do so, and the call that follows the model's run takes what is there.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -31,22 +35,26 @@ class GrammarMasks:
         self._spare = spare_matchers
         self._followers: OrderedDict[tuple[int, int, int], _Follower] = OrderedDict()
         self._penalties: Tensor | None = None
-        self.num_masks = 0  # counters: rows masked so far, and the seconds it took
+        self._thread = ThreadPoolExecutor(1, "masks")  # starts no thread before there is a mask to fill
+        self._begun: tuple[Sequence[SamplingRow], Future[Tensor]] | None = None
+        self.num_masks = 0  # counters: rows masked so far, and the seconds that the loop spent on it or waited for it
         self.seconds = 0.0
 
+    def begin(self, rows: Sequence[SamplingRow]) -> None:
+        """Fills the masks of `rows` in a thread, for the call with the same `rows` that follows when the model has run."""
+        self._end()
+        at = _guided(rows)
+        if len(at) > 1:  # for one row, waking the thread and taking a core from the model costs as much as it spares
+            self._begun = rows, self._thread.submit(self._allowed, rows, at)
+
     def __call__(self, logits: Tensor, rows: Sequence[SamplingRow]) -> None:
-        at = [index for index, row in enumerate(rows) if row.params.grammar is not None]
+        at = _guided(rows)
         if not at:
             return
         started = time.perf_counter()
-        followers: list[_Follower] = []
-        for index in at:
-            follower = self._follower(rows[index])
-            # A second row of the same request is for a later position, after drafts: the request's own matcher stays where it is.
-            followers.append(follower.branch(rows[index].output_token_ids) if follower in followers else follower)
-            if followers[-1] is follower:
-                follower.follow(rows[index].output_token_ids)
-        allowed = self._fill(followers)
+        allowed = self._end(rows)
+        if allowed is None:
+            allowed = self._allowed(rows, at)
         if self._penalties is None or self._penalties.device != logits.device:
             self._penalties = _penalties(logits.device)
         _forbid(logits, at if len(at) < len(rows) else None, allowed, self._penalties)
@@ -54,6 +62,24 @@ class GrammarMasks:
             self._followers.popitem(last=False)
         self.num_masks += len(at)
         self.seconds += time.perf_counter() - started
+
+    def _end(self, rows: Sequence[SamplingRow] | None = None) -> Tensor | None:
+        """Waits for what was begun, and returns it if it was for `rows`: a step that failed leaves masks that nobody asks for."""
+        if self._begun is None:
+            return None
+        (begun, future), self._begun = self._begun, None
+        allowed = future.result()
+        return allowed if begun is rows else None
+
+    def _allowed(self, rows: Sequence[SamplingRow], at: list[int]) -> Tensor:
+        followers: list[_Follower] = []
+        for index in at:
+            follower = self._follower(rows[index])
+            # A second row of the same request is for a later position, after drafts: the request's own matcher stays where it is.
+            followers.append(follower.branch(rows[index].output_token_ids) if follower in followers else follower)
+            if followers[-1] is follower:
+                follower.follow(rows[index].output_token_ids)
+        return self._fill(followers)
 
     def forced(self, row: SamplingRow) -> list[int]:
         """The tokens that must come next in the row's output, as its tokenizer would write them; none where there is a choice."""
@@ -130,6 +156,10 @@ class _Follower:
             self.grammar.spoiled = True
             logger.warning("a grammar stopped after %d tokens: %.300r", len(self._output), failure)
         return True
+
+
+def _guided(rows: Sequence[SamplingRow]) -> list[int]:
+    return [index for index, row in enumerate(rows) if row.params.grammar is not None]
 
 
 def _penalties(device: torch.device) -> Tensor:

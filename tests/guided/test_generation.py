@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,16 @@ LONG_NAMES: dict[str, Any] = {
     "required": ["identification", "classification"],
     "additionalProperties": False,
 }
+
+
+def test_masks_are_filled_while_the_model_runs(smollm2: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them in the thread beside the loop: none was left for the sampler to wait for from its beginning."""
+    masks, threads = smollm2.engine.grammar_masks, []
+    fill = masks._fill
+    monkeypatch.setattr(masks, "_fill", lambda followers: threads.append(threading.current_thread()) or fill(followers))
+    params = SamplingParams(max_tokens=20, structured_outputs=StructuredOutputsParams(json=PERSON))
+    smollm2.generate([chat(smollm2, "Who?"), chat(smollm2, "Who else?")], params, use_tqdm=False)
+    assert len(threads) >= 10 and threading.main_thread() not in threads
 
 
 def test_forced_tokens_take_no_steps_and_change_nothing(smollm2_gguf: Path, smollm2: LLM) -> None:

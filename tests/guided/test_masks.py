@@ -103,6 +103,20 @@ def test_outputs_may_shrink_and_be_replaced(compiler: GrammarCompiler, tokenizer
     assert allowed(masks, [one]) != [{2}]
 
 
+def test_masks_filled_beside_the_model_are_the_same(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    masks = GrammarMasks()
+    rows = [row(compiler, [], 0, json={}), Row(SamplingParams()), row(compiler, [], 1, choice=["yes", "no"])]
+    for text in ["", "y"]:
+        rows[2].output_token_ids[:] = tokenizer.encode(text, add_special_tokens=False)
+        expected = allowed(GrammarMasks(), rows)
+        masks.begin(rows)
+        assert allowed(masks, rows) == expected
+    masks.begin(rows)  # of a step that failed: nobody asks for these
+    rows[2].output_token_ids[:] = tokenizer.encode("no", add_special_tokens=False)
+    assert allowed(masks, rows[2:]) == [{2}]
+    assert masks.num_masks == 2 * 2 + 1
+
+
 def test_a_dropped_matcher_is_made_anew(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
     masks = GrammarMasks(spare_matchers=0)
     first = row(compiler, tokenizer.encode('{"a', add_special_tokens=False), 1, json={"type": "object"})
