@@ -216,6 +216,53 @@ def torchao_int8(rng: torch.Generator, n: int, k: int) -> tuple[Tensors, torch.T
     return {**tensors, "_weight_zero_point": torch.zeros(n, 1, dtype=torch.int8)}, dense
 
 
+def exl2(widths: tuple[int, ...]) -> Maker:
+    """Groups of 32 inputs, the first as wide as `widths` says first, and so on in turns; inputs in an order of the matrix's own."""
+
+    def make(rng: torch.Generator, n: int, k: int) -> tuple[Tensors, torch.Tensor]:
+        groups = k // 32
+        bits = [widths[g % len(widths)] for g in range(groups)]
+        codes = [codes_of(rng, n, 32, 2**b) for b in bits]
+        nibbles, most = torch.randint(0, 16, (groups, n), generator=rng), scales_of(rng, groups) * 20
+        scales = (nibbles + 1).float() ** 2 / 256 * most.float()[:, None]
+        row_of = torch.randperm(k, generator=torch.Generator().manual_seed(k))  # the same for q, k and v, as in real files
+        room = -n % 32
+        words = [torch.nn.functional.pad(stream(c, b).T, (0, room)) for c, b in zip(codes, bits, strict=True)]  # b rows each
+        starts = [sum(bits[:g]) for g in range(groups)]
+        tensors = {
+            "q_weight": torch.cat(words),
+            "q_groups": torch.tensor([number for pair in zip(bits, starts, strict=True) for number in pair], dtype=torch.int16),
+            "q_scale": stream(torch.nn.functional.pad(nibbles, (0, room)), 4),
+            "q_scale_max": most,
+            "q_invperm": row_of.int(),
+        }
+        in_rows = torch.cat([(c - 2 ** (b - 1)) * s[:, None] for c, b, s in zip(codes, bits, scales, strict=True)], 1)
+        return tensors, in_rows[:, row_of]
+
+    return make
+
+
+def bitnet(*, divide: bool) -> Maker:
+    def make(rng: torch.Generator, n: int, k: int) -> tuple[Tensors, torch.Tensor]:
+        values, scale = codes_of(rng, n, k, 3) - 1, scales_of(rng, 1).float() * 20
+        quarters = (values + 1).byte().view(4, n // 4, k)
+        packed = quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6
+        return {"weight": packed, "weight_scale": 1 / scale if divide else scale}, values * (1 / (1 / scale) if divide else scale)
+
+    return make
+
+
+def aqlm(rng: torch.Generator, n: int, k: int) -> tuple[Tensors, torch.Tensor]:
+    """Two codebooks of whole numbers, whose first vectors reach 127 and stand first in each 32 inputs: int8 holds all of it exactly."""
+    books = torch.randint(-50, 51, (2, 256, 1, 8), generator=rng).float()
+    books[0, 0, 0, 3], books[1, 0, 0, 3] = 77, 50
+    codes, scales = torch.randint(0, 256, (n, k // 8, 2), generator=rng), scales_of(rng, n, 1, 1, 1)
+    codes[:, ::4] = 0
+    sums = books[0, codes[..., 0], 0] + books[1, codes[..., 1], 0]  # [N, K / 8, 8]
+    signed = torch.where(codes < 128, codes, codes - 256).to(torch.int8)
+    return {"codes": signed, "codebooks": books.half(), "scales": scales}, sums.reshape(n, k) * scales.float().view(n, 1)
+
+
 def compressed(form: str, **weights: Any) -> dict[str, Any]:
     groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
     return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": ["lm_head"]}
@@ -251,6 +298,11 @@ FORMATS: dict[str, Format] = {
     "fp8": Format({"quant_method": "fp8", "activation_scheme": "dynamic"}, fp8(None)),
     "fp8 blocks": Format({"quant_method": "fp8", "weight_block_size": [48, 48]}, fp8((48, 48), scale="weight_scale_inv")),
     "fbgemm_fp8": Format({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, fp8(None, rows=True)),
+    "aqlm": Format({"quant_method": "aqlm", "in_group_size": 8, "num_codebooks": 2, "nbits_per_codebook": 8}, aqlm),
+    "bitnet": Format({"quant_method": "bitnet", "linear_class": "bitlinear"}, bitnet(divide=True)),
+    "bitnet autobitlinear": Format({"quant_method": "bitnet", "linear_class": "autobitlinear"}, bitnet(divide=False)),
+    "exl2, 2 to 4 bits": Format({"quant_method": "exl2", "bits": 3.0}, exl2((4, 3, 2))),
+    "exl2, 2 to 8 bits": Format({"quant_method": "exl2", "bits": 4.7}, exl2((8, 6, 5, 4, 3, 2))),
     "bitsandbytes nf4": Format({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, bnb_nf4),
     "hqq": Format(HQQ, hqq(1)),
     "hqq axis 0": Format(HQQ, hqq(0)),

@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from minfer.quant import PackedWeight
 from minfer.quant.readers import create_reader
+from minfer.quant.readers.aqlm import dequantize
 
 FOLDER = Path(__file__).parent / "fixtures"
 TYPES = {
@@ -60,10 +61,20 @@ def read(file: Path, case: str) -> tuple[PackedWeight, torch.Tensor]:
 def test_dequantised_matrix_equals_the_owners(file: Path, case: str) -> None:
     packed, expected = read(file, case)
     ours = packed.dequantize(expected.dtype)
-    if case == "int8" and file.stem == "bitsandbytes":  # they multiply code * maximum first, and by 1/127 then: the last bit may differ
+    if file.stem == "aqlm":  # read as int8 in groups of 32
+        most = expected.view(len(expected), -1, 32).abs().amax(-1, keepdim=True).expand(-1, -1, 32).reshape(expected.shape)
+        assert ((ours - expected).abs() <= most / 254 * 1.001).all()
+    elif case == "int8" and file.stem == "bitsandbytes":  # they multiply code * maximum first, and by 1/127 then: the last bit may differ
         torch.testing.assert_close(ours, expected, rtol=2**-23, atol=0)
     else:
         assert torch.equal(ours, expected), (ours - expected).abs().max()
+
+
+@pytest.mark.parametrize("case", ["1x10, 1 outputs", "2x8, 1 outputs", "2x4, 4 outputs"])
+def test_aqlm_before_it_is_rounded_equals_the_owners(case: str) -> None:
+    with safe_open(FOLDER / "aqlm.safetensors", framework="pt") as f:
+        tensors = {end: f.get_tensor(f"{case}/{end}") for end in ("codes", "codebooks", "scales", "expected")}
+    torch.testing.assert_close(dequantize(tensors), tensors["expected"], rtol=1e-6, atol=1e-6)
 
 
 def test_there_is_a_fixture_of_every_tool() -> None:

@@ -32,7 +32,17 @@ TYPES = {
     torch.float32: "F32",
     torch.float8_e4m3fn: "F8_E4M3",
 }
-SCALES = ("scales", "scale", "weight_scale", "weight_scale_inv", "_weight_scale", "weight.absmax", "weight.nested_absmax", "SCB")
+SCALES = (
+    "scales",
+    "scale",
+    "weight_scale",
+    "weight_scale_inv",
+    "_weight_scale",
+    "weight.absmax",
+    "weight.nested_absmax",
+    "SCB",
+    "q_scale_max",
+)
 
 
 @dataclass(frozen=True)
@@ -143,6 +153,14 @@ def test_a_zero_group_is_not_an_error() -> None:
         ("fp8 blocks", {"weight_block_size": [16, 16]}, "blocks"),
         ("modelopt fp8", {"quant_algo": "INT4_AWQ"}, "'int4_awq' is not supported"),
         ("quark uint4", {"global_quant_config": {"weight": {"dtype": "int3", "group_size": 32}}}, "int3"),
+        ("aqlm", {"num_codebooks": 1}, "'codes'"),
+        ("aqlm", {"in_group_size": 16}, "'codes'"),
+        ("aqlm", {"in_group_size": 48}, "blocks of 1 outputs and 48 inputs"),
+        ("aqlm", {"nbits_per_codebook": 20}, "nbits_per_codebook=20"),
+        ("bitnet", {"linear_class": "bitlinear2"}, "'bitlinear2' is not supported; use"),
+        ("bitnet", {"use_rms_norm": True}, "normalise their inputs (use_rms_norm) is not supported"),
+        ("bitnet autobitlinear", {"quantization_mode": "online"}, "quantization_mode offline"),
+        ("exl2, 2 to 8 bits", {"bits": "4"}, "bits='4'"),
         ("auto-round", {"packing_format": "auto_round:marlin"}, "marlin"),
         ("auto-round", {"extra_config": {LAYER: {"bits": 8}}}, "bits=8"),
     ],
@@ -186,6 +204,32 @@ def test_a_group_index_out_of_range() -> None:
 
 
 @pytest.mark.parametrize(
+    ("end", "place", "value", "words"),
+    [
+        ("q_groups", 0, 7, "7 bits"),
+        ("q_groups", 0, 4, "6 words of 6 bits for 0 inputs"),
+        ("q_groups", 1, 1, "can't be"),
+        ("q_groups", 3, 9, "words of"),
+        ("q_groups", 3, -1, "can't be"),
+        ("q_invperm", 0, 64, "order of the inputs"),
+        ("q_invperm", 0, -1, "order of the inputs"),
+    ],
+)
+def test_exl2_groups_and_orders_that_cannot_be(end: str, place: int, value: int, words: str) -> None:
+    config, tensors = sample("exl2, 2 to 8 bits")
+    tensors[end][place] = value
+    with pytest.raises(ModelLoadError, match=words):
+        read(config, tensors)
+
+
+def test_bitnet_has_three_values() -> None:
+    config, tensors = sample("bitnet")
+    tensors["weight"][0, 0] = 0b11
+    with pytest.raises(ModelLoadError, match="none of -1, 0 and 1"):
+        read(config, tensors)
+
+
+@pytest.mark.parametrize(
     "state",
     [b"", b"[]", b"{", b"\xff\xfe", b'{"blocksize": 0}', b'{"blocksize": 64, "shape": [64, 32]}', b'{"nested_offset": "x"}', b"[" * 9000],
 )
@@ -196,7 +240,7 @@ def test_a_bitsandbytes_state_that_is_none(state: bytes) -> None:
         read(config, tensors)
 
 
-@pytest.mark.parametrize("method", ["mxfp4", "aqlm", "exl2", "bitnet", "quanto", "", None, 5])
+@pytest.mark.parametrize("method", ["mxfp4", "exl3", "quanto", "", None, 5])
 def test_methods_that_are_not_read_are_named(method: Any) -> None:
     with pytest.raises(ModelLoadError, match=rf"{'unknown' if method is None else method}.*not supported; "):
         create_reader({"quant_method": method})

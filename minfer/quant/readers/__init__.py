@@ -10,11 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 from minfer.errors import ModelLoadError
+from minfer.quant.readers.aqlm import AQLMReader
 from minfer.quant.readers.auto_round import AutoRoundReader
 from minfer.quant.readers.awq import AWQReader
 from minfer.quant.readers.base import Header, Headers, MatrixReader, Settings, StoredMatrix
+from minfer.quant.readers.bitnet import BitNetReader
 from minfer.quant.readers.bitsandbytes import BitsAndBytesReader
 from minfer.quant.readers.compressed_tensors import CompressedTensorsReader
+from minfer.quant.readers.exl2 import EXL2Reader
 from minfer.quant.readers.fp8 import FP8Reader
 from minfer.quant.readers.gptq import GPTQReader
 from minfer.quant.readers.hqq import HQQReader
@@ -25,11 +28,14 @@ from minfer.quant.readers.torchao import TorchAOReader
 __all__ = ["INSTEAD", "METHODS", "Header", "Headers", "MatrixReader", "StoredMatrix", "create_reader", "quant_method"]
 
 METHODS: dict[str, Callable[[Settings], MatrixReader]] = {
+    "aqlm": AQLMReader,
     "auto-round": AutoRoundReader,
     "intel/auto-round": AutoRoundReader,
     "awq": AWQReader,
+    "bitnet": BitNetReader,
     "bitsandbytes": BitsAndBytesReader,
     "compressed-tensors": CompressedTensorsReader,
+    "exl2": EXL2Reader,
     "fbgemm_fp8": FP8Reader,
     "fp8": FP8Reader,
     "gptq": GPTQReader,
@@ -43,9 +49,6 @@ METHODS: dict[str, Callable[[Settings], MatrixReader]] = {
 # Methods known by name that need more than unpacking, and what to use instead.
 INSTEAD = {
     "mxfp4": "it is gpt-oss's format for experts, and mixture-of-experts models are not supported yet",
-    "bitnet": "BitNet layers normalise their inputs; use a GGUF file of the model",
-    "aqlm": "its codebooks of vectors have no kernel here; use a GPTQ, AWQ or GGUF checkpoint of the model",
-    "exl2": "only ExLlamaV2 runs its mix of widths; use a GPTQ, AWQ or GGUF checkpoint of the model",
     "exl3": "only ExLlamaV3 runs its trellis codes; use a GPTQ, AWQ or GGUF checkpoint of the model",
     "quanto": "use --quant int8 or int4 on the original model",
     "eetq": "use --quant int8 on the original model",
