@@ -34,6 +34,12 @@ def test_an_engine_says_what_the_reference_says(tiny_llama: Path) -> None:
     assert tokens(tiny_llama, "triton", max_prefill_chunk=9, block_size=4) == expected
 
 
+@pytest.mark.parametrize("kv", ["fp8", "fp8_e5m2", "int4"])
+def test_over_a_quantised_cache(tiny_llama: Path, kv: str) -> None:
+    settings = {"kv_cache_dtype": kv, "max_prefill_chunk": 9}
+    assert tokens(tiny_llama, "triton", **settings) == tokens(tiny_llama, "reference", **settings)
+
+
 def test_with_windows_biases_and_a_tied_head(make_checkpoint: Callable[..., Path]) -> None:
     folder = make_checkpoint("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1, tie_word_embeddings=True)
     assert tokens(folder, "triton") == tokens(folder, "reference")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from kernels.batches import make_batch
 from kernels.devices import DEVICE, DTYPES, close, moved, on_device, randn
-from kernels.kv_oracle import rows_of
+from kernels.kv_oracle import QUANTISED, SEARCHED, codes_of, float8_values, rows_of
+from kernels.ptx import evaluate, halves
 
 from minfer.errors import ConfigError
 from minfer.kernels.reference import ReferenceBackend
-from minfer.kernels.triton import TritonBackend
+from minfer.kernels.triton import TritonBackend, kv_codes
 from minfer.kvcache import LayerCache, format_of
 
-QUANTISED = (torch.int8, torch.uint8)
 REFERENCE, TRITON = ReferenceBackend(), TritonBackend(DEVICE, torch.float16)
 
 
@@ -135,13 +137,83 @@ def test_small_scales_keep_their_digits_in_float16(stored: torch.dtype) -> None:
     close(got[0, 0], expected, 1e-4 * 2**-9)
 
 
+@triton.jit
+def _numbers(stored_ptr, out_ptr, KIND: tl.constexpr):
+    at = tl.arange(0, 256)
+    number = kv_codes.kv_numbers(tl.load(stored_ptr + at), KIND, 0, False, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, number)
+
+
+@pytest.mark.parametrize("stored", SEARCHED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_code_of_a_small_float_is_read(stored: torch.dtype, dtype: torch.dtype) -> None:
+    codes, out = torch.arange(256, dtype=torch.uint8, device=DEVICE), torch.empty(256, dtype=dtype, device=DEVICE)
+    kind = kv_codes.kind_of(format_of(stored))
+    _numbers[(1,)](codes, out, kind)
+    expected = torch.from_numpy(float8_values(stored)) * kv_codes.number_unit(kind)
+    real = expected.isfinite()
+    assert torch.equal(out.cpu().double()[real], expected[real])
+
+
+@triton.jit
+def _codes(x_ptr, out_ptr, KIND: tl.constexpr, LIMIT: tl.constexpr):
+    at = tl.arange(0, 1024)
+    tl.store(out_ptr + at, kv_codes.kv_codes(tl.load(x_ptr + at), KIND, LIMIT))
+
+
+@pytest.mark.parametrize("stored", SEARCHED)
+def test_small_floats_are_rounded_to_the_even_one_of_two(stored: torch.dtype) -> None:
+    """Rows are rotated, so what is stored hardly meets a tie; here is every one, and its neighbours."""
+    levels = torch.from_numpy(float8_values(stored)).float()
+    levels = levels[levels.isfinite()].unique()
+    ties = (levels[1:] + levels[:-1]) / 2
+    points = torch.cat((levels, ties, torch.nextafter(ties, ties + 1e9), torch.nextafter(ties, ties - 1e9)))
+    x = torch.zeros(1024)
+    x[: len(points)] = points
+    out = torch.empty(1024, dtype=torch.uint8, device=DEVICE)
+    form = format_of(stored)
+    _codes[(1,)](x.to(DEVICE), out, kv_codes.kind_of(form), form.limit)
+    expected = x.to(stored)
+    assert torch.equal(out.cpu().view(stored).float(), expected.float())
+
+
+@pytest.mark.parametrize(
+    ("text", "stored", "dtype"),
+    [
+        (kv_codes.E4M3_AS_BFLOAT16, torch.float8_e4m3fn, torch.bfloat16),
+        (kv_codes.E4M3_AS_FLOAT16, torch.float8_e4m3fn, torch.float16),
+        (kv_codes.E5M2_AS_BFLOAT16, torch.float8_e5m2, torch.bfloat16),
+        (kv_codes.E5M2_AS_FLOAT16, torch.float8_e5m2, torch.float16),
+    ],
+)
+def test_the_assembly_reads_every_code(text: tl.constexpr, stored: torch.dtype, dtype: torch.dtype) -> None:
+    """Four codes in a register, each place with other neighbours."""
+    code = torch.arange(256)
+    lanes = [code, (code * 7 + 3) % 256, 255 - code, (code + 128) % 256]
+    words = sum(lane << (8 * place) for place, lane in enumerate(lanes))
+    got = [half for register in evaluate(text.value, [words], outputs=2) for half in halves(register, dtype)]
+    values = torch.from_numpy(float8_values(stored)) * kv_codes.number_unit(kv_codes.kind_of(format_of(stored)))
+    for lane, numbers in zip(lanes, got, strict=True):
+        real = values[lane].isfinite()
+        assert torch.equal(numbers[real], values[lane][real])
+
+
+def test_the_scale_of_a_small_float_is_the_best_of_eight() -> None:
+    """Not always the first, or the search would be for nothing; and never worse than it."""
+    k = randn(64, 1, 64)
+    cache = on_device(empty(1, 1, 64, 64, torch.float8_e4m3fn))
+    TRITON.write_kv(k, k, cache, torch.arange(64, device=DEVICE))
+    assert cache.k_scale is not None
+    turned = rows_of(cache.k.cpu(), cache.k_scale.cpu())[0, 0]
+    outermost = torch.from_numpy(codes_of(cache.k.cpu())).abs().amax(-1)
+    assert len(set(outermost.flatten().tolist())) > 2
+    assert ((torch.from_numpy(turned) - k[:, 0].cpu().double()).norm(dim=-1) < 0.04 * k[:, 0].cpu().double().norm(dim=-1)).all()
+
+
 def test_what_it_refuses() -> None:
     cache = on_device(empty(1, 1, 16, 80, torch.uint8))
     with pytest.raises(ConfigError, match="heads of a power of two in int4, not of 80; use kv_cache_dtype int8"):
         TRITON.write_kv(randn(1, 1, 80), randn(1, 1, 80), cache, torch.zeros(1, dtype=torch.int64, device=DEVICE))
-    eighth = on_device(empty(1, 1, 16, 64, torch.float8_e4m3fn))
-    with pytest.raises(ConfigError, match="don't know a KV cache in fp8; use kv_cache_dtype int8"):
-        TRITON.write_kv(randn(1, 1, 64), randn(1, 1, 64), eighth, torch.zeros(1, dtype=torch.int64, device=DEVICE))
     bare = LayerCache(*(torch.zeros(1, 1, 16, 64, dtype=torch.int8, device=DEVICE) for _ in range(2)))
     with pytest.raises(ConfigError, match="in int8 must have bfloat16 scales"):
         TRITON.write_kv(randn(1, 1, 64), randn(1, 1, 64), bare, torch.zeros(1, dtype=torch.int64, device=DEVICE))

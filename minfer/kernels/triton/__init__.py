@@ -42,7 +42,6 @@ class TritonBackend(Backend):
     """
 
     name = "triton"
-    kv_formats = ("fp32", "bf16", "fp16", "int8", "int4")
 
     def __init__(
         self,

@@ -41,7 +41,7 @@ def _write_kv(dtype: torch.dtype) -> Case:
     return call
 
 
-QUANTISED_KV = {"int8": torch.int8, "int4": torch.uint8}
+QUANTISED_KV = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
 def _cache(kv_heads: int, dim: int, dtype: torch.dtype) -> LayerCache:
@@ -114,7 +114,7 @@ CASES: dict[str, Case] = {
     "attention, prompt, softcap, heads of 256": _attention(512, 512, 4, heads=16, dim=256, softcap=50.0),
     "attention, 64 sequences, smollm2": _attention(1, 1024, 64, heads=9, kv_heads=3, dim=64),
     **{f"attention, 64 sequences, {name} cache": _attention(1, 4096, 64, stored=dtype) for name, dtype in QUANTISED_KV.items()},
-    "attention, prompt, int8 cache": _attention(512, 512, 4, stored=torch.int8),
+    **{f"attention, prompt, {name} cache": _attention(512, 512, 4, stored=QUANTISED_KV[name]) for name in ("int8", "fp8")},
     "linear, bf16, 1 row": _linear(meta(6144, 4096), 1),
     "linear, bf16, 4 rows": _linear(meta(6144, 4096), 4),
     **_products(),

@@ -26,7 +26,7 @@ them. The number of splits follows from the number of processors and from the co
 the batch, so outputs may differ in their last bit from one batch to another.
 
 A quantised cache (`kv_codes.py`) has one scale a key and head, which never meets a number of a row: it multiplies the score after
-q . code, and the probability before p . code. Rows of int4 are rotated: so is q, and the output is turned back (`rotate_kernel`).
+q . code, and the probability before p . code. Rows of fp8 and int4 are rotated: so is q, and the output is turned back (`rotate_kernel`).
 The halves of an int4 row share bytes: a score is two products of half the size, and there are two halves of the output.
 
 Bytes: at decode, K and V of every request once, 2 L Hk D values: bound by memory, 4 L Hq D operations. A prompt of n tokens does
@@ -48,7 +48,7 @@ import triton.language as tl
 from minfer.batch import Batch
 from minfer.errors import ConfigError
 from minfer.kernels.triton.checks import index, power_of_2, row_stride
-from minfer.kernels.triton.kv_codes import INT4, PLAIN, kind_of, kv_numbers, rotated, value_unit
+from minfer.kernels.triton.kv_codes import INT4, PLAIN, kind_of, kv_numbers, number_unit, rotated, value_unit
 from minfer.kernels.triton.write_kv import check_cache, stored
 from minfer.kvcache import LayerCache
 
@@ -355,7 +355,7 @@ def attention(
     if not tokens:
         return out
     kind, width = kind_of(cache.format), cache.format.width(dim)
-    unit = value_unit(kind, q.dtype)
+    read, unit = number_unit(kind), value_unit(kind, q.dtype)
     if cache.format.rotated:
         q, q_stride = _rotated(q, q_stride), heads * dim
     group, dim_tile = heads // kv_heads, max(16, power_of_2(width))
@@ -369,8 +369,8 @@ def attention(
         lse = torch.empty((tokens, heads, splits), dtype=torch.float32, device=q.device)
     attention_kernel[(tiles, kv_heads, splits)](
         q, *stored(cache), cache.k_scale, cache.v_scale, out, partial, lse, batch.query_start, batch.seq_lens, batch.block_tables,
-        requests, q_stride, batch.block_tables.stride(0), kv_heads, window or 0, scale * _LOG2E, softcap or 0.0,
-        GROUP=group, KIND=kind, PTX=ptx, V_UNIT=unit, V_FACTOR=1 / unit,
+        requests, q_stride, batch.block_tables.stride(0), kv_heads, window or 0, scale * _LOG2E / read, softcap or 0.0,
+        GROUP=group, KIND=kind, PTX=ptx, V_UNIT=unit, V_FACTOR=1 / (read * unit),
         BLOCK_SIZE=cache.block_size, DIM=width, DIM_TILE=dim_tile, BLOCK_M=rows, TILE=keys, SPLITS=splits,
         WINDOW=window is not None, SOFTCAP=softcap is not None, **launch,
     )  # fmt: skip
