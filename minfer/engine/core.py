@@ -77,22 +77,15 @@ class StepTimes:
 
 
 @dataclass(slots=True)
-class CoreOutput:
-    """What one step did to one request: its new tokens (several where drafts were right), each with its scores where asked
-    for, and scores of prompt tokens from a position on.
+class CoreStep:
+    """What a step did. The tokens that requests got (several where drafts were right) are in the plan's items; here is what few ask for:
+    scores of those tokens, in their order, scores of prompt tokens, and parts of embeddings.
     """
 
-    request: Request
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[RowLogprobs | None] = field(default_factory=list)
-    prompt_logprobs: Scores | None = None
-    pooled: Pooled | None = None
-
-
-@dataclass(slots=True)
-class CoreStep:
     plan: SchedulerOutput
-    outputs: list[CoreOutput] = field(default_factory=list)
+    logprobs: dict[Request, list[RowLogprobs]] = field(default_factory=dict)
+    prompt_logprobs: dict[Request, Scores] = field(default_factory=dict)
+    pooled: dict[Request, Pooled] = field(default_factory=dict)
     failed: list[Request] = field(default_factory=list)  # ended with "error": the model gave no distribution to sample from
     times: StepTimes = field(default_factory=StepTimes)  # of the turn of the loop that ended it: another step may have been launched
 
@@ -102,10 +95,11 @@ class _UnderWay:
     """A step that was launched."""
 
     plan: SchedulerOutput
-    rows: list[SamplingRow]  # what is being drawn, and for whom
+    rows: Sequence[SamplingRow]  # what is being drawn, and for whom
     drawn: Drawn
-    scores: dict[Request, Scores]
-    pooled: dict[Request, Pooled]
+    looks_back: bool  # whether one of the rows has to know this step's token before the next one can be drawn
+    scores: dict[Request, Scores] = field(default_factory=dict)
+    pooled: dict[Request, Pooled] = field(default_factory=dict)
 
 
 class EngineCore:
@@ -146,6 +140,8 @@ class EngineCore:
         self.overlaps = may_overlap and proposer is None and config.overlaps(loaded.device.type)
         self.times = StepTimes()
         self._ahead: _UnderWay | None = None  # the step after the one whose outcome was returned last
+        self._rows: Sequence[SamplingRow] = ()  # of the last launch
+        self._looks_back = False  # whether one of them does
 
     @torch.inference_mode()
     def step(self) -> CoreStep:
@@ -159,7 +155,7 @@ class EngineCore:
         sampled = step.drawn.wait()
         known = time.perf_counter()
         times.wait = known - launched
-        if self.speculation is not None and all(item.decodes for item in step.plan.scheduled):
+        if self.speculation is not None and (step.plan.one_each or all(item.decodes for item in step.plan.scheduled)):
             self.speculation.costs.observe(step.plan.num_tokens, times.build + times.forward + times.sample + times.wait)
         done = self._remember(step, sampled)
         settled = () if self.forced is None else self.forced.draft(step.plan.scheduled)
@@ -172,7 +168,7 @@ class EngineCore:
 
     def _may_run_ahead_of(self, step: _UnderWay) -> bool:
         """Whether the next step can be launched before this one's tokens are known to the host."""
-        return self.overlaps and not any(row.params.looks_back for row in step.rows)
+        return self.overlaps and not step.looks_back
 
     def _launch(self, times: StepTimes, before: _UnderWay | None = None) -> _UnderWay | None:
         """Decides a step and has the device begin it; None where there is nothing to run. `before` is the step still under way."""
@@ -180,21 +176,11 @@ class EngineCore:
         plan = self.scheduler.schedule()
         if not plan.scheduled:
             return None
-        spans: list[RowSpan] = []
-        wanted = [_add_spans(item, spans) for item in plan.scheduled]
         t1 = time.perf_counter()
         built = self.runner.build_seconds
         if self.speculation is not None:
             self.speculation.proposer.copy_blocks(plan.copies)
-        newest = None if before is None else _newest(plan, before)
-        rows, at = _sampling_rows(plan, wanted)
-        self._begin(rows)
-        hidden = self.runner.run(spans, plan.copies, newest)  # [S, H], the rows that spans ask for
-        scores: dict[Request, Scores] = {}
-        pooled: dict[Request, Pooled] = {}
-        if len(at) < len(hidden):  # somebody wants more of them than to draw the next token
-            scores, pooled = self._score_prompts(plan, wanted, hidden), _pool(plan, wanted, hidden)
-        logits = self.runner.logits(hidden if len(at) == len(hidden) else hidden[at])
+        rows, looks_back, logits, scores, pooled = self._forward(plan, before)
         t2 = time.perf_counter()
         drawn = self.sampler.draw(logits, rows)
         built = self.runner.build_seconds - built
@@ -202,51 +188,81 @@ class EngineCore:
         times.build += built
         times.forward += t2 - t1 - built
         times.sample += time.perf_counter() - t2
-        return _UnderWay(plan, rows, drawn, scores, pooled)
+        return _UnderWay(plan, rows, drawn, looks_back, scores, pooled)
+
+    def _forward(
+        self, plan: SchedulerOutput, before: _UnderWay | None
+    ) -> tuple[Sequence[SamplingRow], bool, torch.Tensor, dict[Request, Scores], dict[Request, Pooled]]:
+        """Launches the model over a step. Returns what is to be drawn, whether any of it looks back, the logits that decide it, [S, V],
+        and what else was asked for.
+        """
+        requests = [item.request for item in plan.scheduled]
+        newest = None if before is None else _newest(plan, requests, before)
+        scores: dict[Request, Scores] = {}
+        pooled: dict[Request, Pooled] = {}
+        if plan.one_each:
+            looks_back = self._meet(requests)
+            hidden = self.runner.run_one_each(requests, [item.start for item in plan.scheduled], newest)
+            return requests, looks_back, self.runner.logits(hidden), scores, pooled
+        spans: list[RowSpan] = []
+        wanted = [_add_spans(item, spans) for item in plan.scheduled]
+        rows, at = _sampling_rows(plan, wanted)
+        looks_back = self._meet(rows)
+        hidden = self.runner.run(spans, plan.copies, newest)  # [S, H], the rows that spans ask for
+        if len(at) < len(hidden):  # somebody wants more of them than to draw the next token
+            scores, pooled = self._score_prompts(plan, wanted, hidden), _pool(plan, wanted, hidden)
+        return rows, looks_back, self.runner.logits(hidden if len(at) == len(hidden) else hidden[at]), scores, pooled
+
+    def _meet(self, rows: Sequence[SamplingRow]) -> bool:
+        """Whether a row has to know the tokens before the one to be drawn. Who works on those beside the model is told to begin."""
+        if rows != self._rows:  # mostly they are those of the step before
+            self._rows, self._looks_back = rows, any(row.params.looks_back for row in rows)
+        if self._looks_back:
+            self._begin(rows)
+        return self._looks_back
 
     def _remember(self, step: _UnderWay, sampled: SamplerOutput) -> CoreStep:
-        scores = [(request, score) for request, score in step.scores.items() if not request.finished]  # by an abort, since it was launched
-        pooled = [(request, vector) for request, vector in step.pooled.items() if not request.finished]
-        outputs, failed = self._verify(step.plan, sampled)
+        # Some may have been aborted since it was launched.
+        scores = {request: score for request, score in step.scores.items() if not request.finished}
+        pooled = {request: vector for request, vector in step.pooled.items() if not request.finished}
+        logprobs, failed = self._verify(step.plan, sampled)
         for request in failed:
             self.scheduler.finish(request, "error")
-        said = {request: len(request.output_token_ids) for request, output in outputs.items() if len(output.token_ids) > 1}
-        self.scheduler.update(step.plan, {request: output.token_ids for request, output in outputs.items()})
-        for request, before in said.items():
-            output, taken = outputs[request], len(request.output_token_ids) - before  # what follows the token that ended it was never said
-            del output.token_ids[taken:], output.logprobs[taken:]
-        for request, score in scores:
-            outputs.setdefault(request, CoreOutput(request)).prompt_logprobs = score
-        for request, vector in pooled:
-            outputs.setdefault(request, CoreOutput(request)).pooled = vector
-        return CoreStep(step.plan, list(outputs.values()), failed)
+        self.scheduler.update(step.plan)
+        return CoreStep(step.plan, logprobs, scores, pooled, failed)
 
-    def _verify(self, plan: SchedulerOutput, sampled: SamplerOutput) -> tuple[dict[Request, CoreOutput], list[Request]]:
-        """Each request's new tokens, and the requests for which there was no distribution to draw one of them from."""
-        outputs: dict[Request, CoreOutput] = {}
-        failed = []
+    def _verify(self, plan: SchedulerOutput, sampled: SamplerOutput) -> tuple[dict[Request, list[RowLogprobs]], list[Request]]:
+        """Gives the plan's items their new tokens. Returns those tokens' scores where they were asked for, and the requests for which
+        there was no distribution to draw one of them from.
+        """
+        logprobs: dict[Request, list[RowLogprobs]] = {}
+        failed: list[Request] = []
+        if plan.one_each and not sampled.failed:
+            for item, token in zip(plan.scheduled, sampled.token_ids, strict=True):
+                item.drawn = [token]
+            if any(sampled.logprobs):
+                pairs = zip(plan.scheduled, sampled.logprobs, strict=True)
+                logprobs = {item.request: [scores] for item, scores in pairs if scores is not None}
+            return logprobs, failed
         row = 0
         for item in plan.scheduled:
             if not item.samples:
                 continue
-            request, start = item.request, row
-            row += 1 + len(item.drafts)
-            if request.finished:
-                continue
-            if not item.drafts and not sampled.failed:  # as nearly always
-                outputs[request] = CoreOutput(request, [sampled.token_ids[start]], [sampled.logprobs[start]])
+            start, row = row, row + 1 + len(item.drafts)
+            if item.request.finished:
                 continue
             item.kept = accepted(item.drafts, item.parents, sampled.token_ids[start:row])
             at = [start, *(start + number for number in item.kept)]
             if any(bad in at for bad in sampled.failed):
-                failed.append(request)
+                failed.append(item.request)
                 continue
-            outputs[request] = CoreOutput(request, [sampled.token_ids[i] for i in at], [sampled.logprobs[i] for i in at])
+            item.drawn = [sampled.token_ids[i] for i in at]
+            logprobs[item.request] = [scores for i in at if (scores := sampled.logprobs[i]) is not None]
             if item.drafts and (self.forced is None or not self.forced.verified(item)) and self.speculation is not None:
                 self.speculation.verified(item)
             if item.parents:
                 self._join_branch(item)
-        return outputs, failed
+        return logprobs, failed
 
     def _join_branch(self, item: ScheduledRequest) -> None:
         """Brings the KV of right drafts that branched off to where their positions are."""
@@ -383,9 +399,8 @@ def _add_spans(item: ScheduledRequest, spans: list[RowSpan]) -> int:
     return logits
 
 
-def _newest(plan: SchedulerOutput, before: _UnderWay) -> Newest:
+def _newest(plan: SchedulerOutput, requests: list[Request], before: _UnderWay) -> Newest:
     """Which tokens of this step are those that the step before it is drawing: the last one of everybody who had a row there."""
-    requests = [item.request for item in plan.scheduled]
     if requests == before.rows:
         return Newest(before.drawn.tokens)
     row_of = {row: index for index, row in enumerate(before.rows)}

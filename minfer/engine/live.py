@@ -108,7 +108,6 @@ class LiveView(Watcher):
         if ended - self._looked > WATCHED_SECONDS:
             self._leave()
             return
-        said = {output.request: len(output.token_ids) for output in step.outputs}
         items = step.plan.scheduled
         times = step.times
         parts = [times.schedule, times.build, times.forward + times.wait, times.sample, times.update]
@@ -119,9 +118,9 @@ class LiveView(Watcher):
                 "at": self._moment(started),
                 "us": [_micros(seconds) for seconds in parts],
                 "tokens": step.plan.num_tokens,
-                "said": sum(said.values()),
+                "said": sum(len(item.drawn) for item in items),
                 "num_rows": len(items),
-                "rows": [_row(item, said.get(item.request, 0)) for item in items[:MAX_ROWS]],
+                "rows": [_row(item) for item in items[:MAX_ROWS]],
                 "preempted": [request.arrival for request in step.plan.preempted[:MAX_ROWS]],
                 "copies": len(step.plan.copies),
             }
@@ -130,7 +129,7 @@ class LiveView(Watcher):
             life = self._lives.get(item.request)
             if life is not None:
                 life.scheduled = life.scheduled or started
-                if life.first_token is None and said.get(item.request):
+                if life.first_token is None and item.drawn:
                     life.first_token = ended
 
     def ended(self, requests: Sequence[Request], at: float) -> None:
@@ -223,14 +222,14 @@ def _request(request: Request) -> dict[str, Any]:
     }
 
 
-def _row(item: ScheduledRequest, said: int) -> list[int]:
+def _row(item: ScheduledRequest) -> list[int]:
     """[request, kind, first position, tokens, drafts among them, drafts that became output]."""
     request, drafts = item.request, len(item.drafts)
     if item.start >= request.num_prompt_tokens and item.num_new_tokens == 1 + drafts:
         kind = DECODE
     else:
         kind = RECOMPUTE if request.num_preemptions else PREFILL
-    return [request.arrival, kind, item.start, item.num_new_tokens, drafts, max(0, said - 1)]
+    return [request.arrival, kind, item.start, item.num_new_tokens, drafts, max(0, len(item.drawn) - 1)]
 
 
 def _runs(blocks: Sequence[int]) -> list[int]:

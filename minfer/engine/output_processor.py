@@ -3,6 +3,9 @@
 A `_Sequence` keeps what one sequence has said so far, a `_Group` ties the `n` sequences of a request together. The scheduler
 ends sequences by token (end-of-text, stop ids, length); stop strings are only visible here, in the text, so this file is
 where those end a sequence.
+
+Every token of every request comes by, so those that ask for nothing but tokens and text have a way of their own: nothing is made for
+who is told at the end, and for who is told as it comes, its newest text and no more.
 """
 
 from __future__ import annotations
@@ -13,10 +16,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from minfer.engine.core import CoreOutput, CoreStep
+from minfer.engine.core import CoreStep
 from minfer.engine.outputs import CompletionOutput, Logprob, OutputKind, PositionLogprobs, RequestMetrics, RequestOutput
 from minfer.sampling import RowLogprobs
-from minfer.scheduler import FinishReason, Request
+from minfer.scheduler import FinishReason, Request, ScheduledRequest
 from minfer.tokenizer import IncrementalDetokenizer, StopMatcher, Tokenizer
 
 # Ends a sequence that said a stop string: the scheduler's `finish`.
@@ -29,6 +32,7 @@ class _Sequence:
     request: Request
     detokenizer: IncrementalDetokenizer | None  # None: a model without a tokenizer says ids only
     stops: StopMatcher
+    simple: bool  # alone in its group, and nobody looks for stop strings or wants scores
     text: list[str] = field(default_factory=list)
     logprobs: list[PositionLogprobs] | None = None
     cumulative_logprob: float | None = None
@@ -71,7 +75,7 @@ class OutputProcessor:
         return len(self._groups)
 
     def add(self, request_id: str, prompt: str | None, requests: list[Request], kind: OutputKind, arrived: float) -> None:
-        sequences = [self._sequence(index, request) for index, request in enumerate(requests)]
+        sequences = [self._sequence(index, request, alone=len(requests) == 1) for index, request in enumerate(requests)]
         scores: list[PositionLogprobs | None] | None = [None] if requests[0].params.prompt_logprobs is not None else None
         group = _Group(request_id, prompt, kind, RequestMetrics(arrival_time=arrived), sequences, scores, len(sequences))
         self._groups[request_id] = group
@@ -99,11 +103,46 @@ class OutputProcessor:
         changed: dict[_Group, None] = {}
         if self._unscheduled:
             self._note_scheduled([item.request for item in step.plan.scheduled], started)
-        for output in step.outputs:
-            group, sequence = self._home[output.request]
-            self._take(group, sequence, output, now, finish)
-            changed[group] = None
-        return self._emit(changed, step.failed)
+        for request, (start, scores) in step.prompt_logprobs.items():
+            self._take_prompt_scores(self._home[request][0], start, scores)
+            changed[self._home[request][0]] = None
+        for request, (start, vector) in step.pooled.items():
+            self._pool(*self._home[request], start, vector)
+            changed[self._home[request][0]] = None
+        news = []
+        for item in step.plan.scheduled:
+            if not item.drawn:
+                continue
+            group, sequence = self._home[item.request]
+            metrics = group.metrics
+            if metrics.first_token_time is None:
+                metrics.first_token_time = now
+            metrics.last_token_time = now
+            if not sequence.simple or item.request.finish_reason is not None:
+                self._take(group, sequence, item, step.logprobs.get(item.request, ()), finish)
+                changed[group] = None
+                continue
+            metrics.num_output_tokens += len(item.drawn)
+            if group.kind == "delta":
+                news.append(self._news(group, sequence, item.drawn))
+            elif group.kind == "cumulative":
+                changed[group] = None
+        return news + self._emit(changed, step.failed)
+
+    def _news(self, group: _Group, sequence: _Sequence, tokens: Sequence[int]) -> RequestOutput:
+        """The next delta of a simple sequence that goes on: what `_output` makes in general."""
+        request, detokenizer = sequence.request, sequence.detokenizer
+        if detokenizer is None:
+            text = ""
+        elif len(tokens) == 1:
+            text = detokenizer.next(tokens[0])
+        else:
+            text = detokenizer.append(tokens)
+        sequence.read = sequence.sent_tokens = len(request.output_token_ids)
+        completion = CompletionOutput(sequence.index, text, list(tokens))
+        return RequestOutput(
+            group.request_id, group.prompt, request.prompt_token_ids, [completion], False, group.metrics, None, request.num_cached_tokens
+        )
 
     def _note_scheduled(self, requests: list[Request], started: float) -> None:
         for request in self._unscheduled.intersection(requests):
@@ -132,39 +171,35 @@ class OutputProcessor:
                 outputs.append(self._output(group))
         return outputs
 
-    def _take(self, group: _Group, sequence: _Sequence, output: CoreOutput, now: float, finish: Finish) -> None:
-        request, metrics = sequence.request, group.metrics
-        if output.prompt_logprobs is not None and group.prompt_logprobs is not None:
-            start, scores = output.prompt_logprobs
+    def _take_prompt_scores(self, group: _Group, start: int, scores: Sequence[RowLogprobs]) -> None:
+        if group.prompt_logprobs is not None:
             del group.prompt_logprobs[start:]  # a preempted prompt is scored again from the start
             group.prompt_logprobs += [self._position(score) for score in scores]
-        if output.pooled is not None:
-            start, vector = output.pooled
-            # A preempted prompt begins again; the last token alone needs no sum.
-            sequence.pooled = vector if sequence.pooled is None or start == 0 else sequence.pooled + vector
-            if request.finished:
-                self._close(group, sequence)
-        if not output.token_ids:
-            return
-        if metrics.first_token_time is None:
-            metrics.first_token_time = now
-        metrics.last_token_time = now
-        count = len(output.token_ids)
+
+    def _pool(self, group: _Group, sequence: _Sequence, start: int, vector: torch.Tensor) -> None:
+        # A preempted prompt begins again; the last token alone needs no sum.
+        sequence.pooled = vector if sequence.pooled is None or start == 0 else sequence.pooled + vector
+        if sequence.request.finished:
+            self._close(group, sequence)
+
+    def _take(self, group: _Group, sequence: _Sequence, item: ScheduledRequest, scores: Sequence[RowLogprobs], finish: Finish) -> None:
+        """New tokens of a sequence: whether they say a stop string, how likely they were, whether they are the last."""
+        request, count = item.request, len(item.drawn)
         if request.params.stop:
-            count = self._read_until_stop(request, sequence, output.token_ids, finish)
-        metrics.num_output_tokens += count
+            count = self._read_until_stop(request, sequence, item.drawn, finish)
+        group.metrics.num_output_tokens += count
         if sequence.logprobs is not None:
-            self._score(sequence, output.logprobs[:count])
+            self._score(sequence, scores[:count])
         if request.finished:
             self._close(group, sequence)
 
-    def _score(self, sequence: _Sequence, scores: Sequence[RowLogprobs | None]) -> None:
+    def _score(self, sequence: _Sequence, scores: Sequence[RowLogprobs]) -> None:
         for score in scores:
-            if score is not None and sequence.logprobs is not None:
+            if sequence.logprobs is not None:
                 sequence.logprobs.append(self._position(score))
                 sequence.cumulative_logprob = (sequence.cumulative_logprob or 0.0) + score.logprob
 
-    def _read_until_stop(self, request: Request, sequence: _Sequence, tokens: list[int], finish: Finish) -> int:
+    def _read_until_stop(self, request: Request, sequence: _Sequence, tokens: Sequence[int], finish: Finish) -> int:
         """Reads new tokens one by one, looking for stop strings. Returns how many of them were said."""
         before = len(request.output_token_ids) - len(tokens)
         for count in range(1, len(tokens) + 1):
@@ -266,7 +301,7 @@ class OutputProcessor:
             stop_reason=request.stop_reason if sequence.closed else None,
         )
 
-    def _sequence(self, index: int, request: Request) -> _Sequence:
+    def _sequence(self, index: int, request: Request, *, alone: bool) -> _Sequence:
         params, tokenizer = request.params, self.tokenizer
         skip = params.skip_special_tokens
         return _Sequence(
@@ -274,6 +309,7 @@ class OutputProcessor:
             request=request,
             detokenizer=None if tokenizer is None else tokenizer.detokenizer(request.prompt_token_ids, skip_special_tokens=skip),
             stops=StopMatcher(params.stop, params.include_stop_str_in_output),
+            simple=alone and not params.stop and params.logprobs is None and params.prompt_logprobs is None,
             logprobs=[] if params.logprobs is not None else None,
         )
 

@@ -89,14 +89,14 @@ class RequestStats(Watcher):
         self.step_tokens.observe(step.plan.num_tokens)
         for item in step.plan.scheduled:
             life = self._lives.get(item.request)
-            if life is not None and life.scheduled is None:
+            if life is None:
+                continue
+            if life.scheduled is None:
                 life.scheduled = started
                 self.num_prompt_tokens += item.request.num_prompt_tokens
                 self.num_cached_tokens += item.request.num_cached_tokens
-        for output in step.outputs:
-            life = self._lives.get(output.request)
-            said = len(output.request.output_token_ids)  # what follows a stop string has been taken back by now
-            if life is None or said == life.said:
+            said = len(item.request.output_token_ids)  # what follows a stop string has been taken back by now
+            if said == life.said:
                 continue
             self.num_output_tokens += said - life.said
             if life.first_token is None:

@@ -85,10 +85,10 @@ class Trace(Watcher):
     def stepped(self, step: CoreStep, started: float, ended: float) -> None:
         events = [_span("step", started, ended, _details(step)), *_parts(step, started, ended)]
         events += self._counters(step, started)
-        for output in step.outputs:
-            if output.token_ids and output.request not in self._begun:
-                self._begun.add(output.request)
-                events.append({**_of_request("n", output.request, ended), "name": "first token"})
+        for item in step.plan.scheduled:
+            if item.drawn and item.request not in self._begun:
+                self._begun.add(item.request)
+                events.append({**_of_request("n", item.request, ended), "name": "first token"})
         self.file.append(events)
 
     def ended(self, requests: Sequence[Request], at: float) -> None:

@@ -27,7 +27,7 @@ class Watcher:
         """The `n` sequences of one request. `arrived` is when its caller asked, before tokenising and waiting for the engine."""
 
     def stepped(self, step: CoreStep, started: float, ended: float) -> None:
-        """`step.plan` says what was decided, `step.outputs` what came of it, `step.times` where the time went."""
+        """`step.plan` says what was decided and, item by item, which tokens came of it; `step.times` where the time went."""
 
     def ended(self, requests: Sequence[Request], at: float) -> None:
         """Their `finish_reason` is set, and their blocks are free."""

@@ -7,6 +7,8 @@ step can be built while the previous one still runs.
 
 From step to step little changes: a request's blocks are those of the step before, and one more now and then. So a row of the table
 is written only where it isn't that, the Python loop over the rows gathers their tokens, and the rest is arithmetic on arrays.
+
+Most steps are of one token a request, with its logits. `build_one_each` says the same of them as `build`, and has less to ask.
 """
 
 from __future__ import annotations
@@ -104,9 +106,8 @@ class BatchBuilder:
         self._turn = 0
 
     def build(self, spans: Sequence[RowSpan]) -> Batch:
-        """The spans' tokens as one batch. Valid until `build` has been called twice more."""
-        self._turn = 1 - self._turn
-        host = self._sets[self._turn]
+        """The spans' tokens as one batch. Valid until two more have been built."""
+        host = self._other_set()
         tables, filled = host.tables, host.filled
         tokens: list[int] = []
         total = widest = 0
@@ -125,8 +126,8 @@ class BatchBuilder:
             if len(tokens) < total:
                 tokens.append(0)
         query_lens, seq_lens = [span.count for span in spans], [span.start + span.count for span in spans]
-        if total == len(spans) <= FEW:
-            num_logits = self._fill_singly(host, tokens, spans)
+        if total == len(spans) <= FEW and all(span.logits for span in spans):
+            num_logits = self._fill_few(host, tokens, [span.row for span in spans], [span.start for span in spans])
         else:
             starts, counts, logits = (np.array(values) for values in zip(*((s.start, s.count, s.logits) for s in spans), strict=True))
             num_logits = self._fill(host, tokens, starts, counts, logits)
@@ -134,22 +135,60 @@ class BatchBuilder:
         if any(span.tail for span in spans):
             self._fill_tails(host, spans)
             views = {**views, "tails": host.tensors["tails"][: len(spans)]}
+        return self._batch(views, query_lens, seq_lens)
+
+    def build_one_each(self, rows: Sequence[BatchRow], starts: list[int], *, known: bool = True) -> Batch:
+        """`build` of one token of each row, the one at `starts[r]`, with its logits. Not `known`: the device has all of these tokens."""
+        host = self._other_set()
+        widest = 0
+        for r, (row, table, written) in enumerate(zip(rows, host.tables, host.filled, strict=False)):
+            blocks = row.blocks
+            width = len(blocks)
+            if blocks is not table or width != written:
+                host.write_table(r, blocks)
+            if width > widest:
+                widest = width
+        count = len(starts)
+        tokens = [0] * count
+        if known:
+            tokens = [row.token_ids[start] if start < len(row.token_ids) else 0 for row, start in zip(rows, starts, strict=True)]
+        if count <= FEW:
+            self._fill_few(host, tokens, rows, starts)
+        else:
+            self._fill_one_each(host, tokens if known else None, np.array(starts))
+        views = host.views(count, count, widest, count)
+        return self._batch(views, [1] * count, [start + 1 for start in starts])
+
+    def _other_set(self) -> _Buffers:
+        self._turn = 1 - self._turn
+        return self._sets[self._turn]
+
+    def _batch(self, views: dict[str, torch.Tensor], query_lens: list[int], seq_lens: list[int]) -> Batch:
         if self.device.type != "cpu":
             views = {name: tensor.to(self.device, non_blocking=True) for name, tensor in views.items()}
         return Batch(**views, query_lens_host=query_lens, seq_lens_host=seq_lens)
 
-    def _fill_singly(self, host: _Buffers, tokens: list[int], spans: Sequence[RowSpan]) -> int:
-        """`_fill` where a few requests have one token each: less work than operations on arrays are, however short."""
-        into, size, num_logits = host.arrays, self.block_size, 0
-        for r, span in enumerate(spans):
-            start = span.start
-            into["token_ids"][r], into["positions"][r], into["seq_lens"][r] = tokens[r], start, start + 1
-            into["slots"][r] = span.row.blocks[start // size] * size + start % size
+    def _fill_few(self, host: _Buffers, tokens: list[int], rows: Sequence[BatchRow], starts: list[int]) -> int:
+        """`_fill_one_each` for a few: less work than operations on arrays are, however short."""
+        into, size = host.arrays, self.block_size
+        for r, (token, row, start) in enumerate(zip(tokens, rows, starts, strict=True)):
+            into["token_ids"][r], into["positions"][r], into["seq_lens"][r] = token, start, start + 1
+            into["slots"][r] = row.blocks[start // size] * size + start % size
             into["query_start"][r + 1] = r + 1
-            if span.logits:
-                into["logits_at"][num_logits] = r
-                num_logits += 1
-        return num_logits
+            into["logits_at"][r] = r
+        return len(rows)
+
+    def _fill_one_each(self, host: _Buffers, tokens: list[int] | None, starts: _Ints) -> None:
+        """`_fill` where each row has one token, and its logits are wanted."""
+        into, size, count = host.arrays, self.block_size, len(starts)
+        columns, offsets = np.divmod(starts, size)
+        if tokens is not None:
+            into["token_ids"][:count] = tokens
+        into["positions"][:count] = starts
+        into["slots"][:count] = into["block_tables"][self._numbers[:count], columns].astype(np.int64) * size + offsets
+        into["query_start"][1 : count + 1] = self._numbers[1 : count + 1]
+        into["seq_lens"][:count] = starts + 1
+        into["logits_at"][:count] = self._numbers[:count]
 
     def _fill(self, host: _Buffers, tokens: list[int], starts: _Ints, counts: _Ints, logits: _Ints) -> int:
         """Writes all but the block tables, which are there already. Returns how many tokens' logits are wanted."""

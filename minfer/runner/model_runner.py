@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from minfer.batch import Batch
 from minfer.kvcache import KVCache
 from minfer.models import Model
-from minfer.runner.batch_builder import BatchBuilder, RowSpan
+from minfer.runner.batch_builder import BatchBuilder, BatchRow, RowSpan
 from minfer.runner.graphs import Graph
 
 
@@ -56,7 +57,16 @@ class ModelRunner:
         """
         self.cache.copy_blocks(copies)
         started = time.perf_counter()
-        batch = self.builder.build(spans)
+        return self._run(self.builder.build(spans), newest, started)
+
+    @torch.inference_mode()
+    def run_one_each(self, rows: Sequence[BatchRow], starts: list[int], newest: Newest | None = None) -> torch.Tensor:
+        """`run` of one token of each row, the one at `starts[r]`, with its logits: the decode step."""
+        started = time.perf_counter()
+        known = newest is None or newest.at is not None
+        return self._run(self.builder.build_one_each(rows, starts, known=known), newest, started)
+
+    def _run(self, batch: Batch, newest: Newest | None, started: float) -> torch.Tensor:
         if newest is not None:
             newest.put(batch.token_ids)
         self.build_seconds += time.perf_counter() - started

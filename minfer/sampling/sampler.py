@@ -87,6 +87,8 @@ class Sampler:
         self._draw = draw
         self._fetch = fetch
         self._uniforms = UniformsAhead()
+        self._rows: _Rows = ()  # of the last call
+        self._plain = False  # whether all of them are
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, rows: _Rows) -> SamplerOutput:
@@ -102,7 +104,9 @@ class Sampler:
         self._check(logits, rows)
         if not rows:
             return Drawn(torch.empty(0, dtype=torch.int64, device=logits.device), lambda: SamplerOutput([], [], []))
-        if self._argmax is not None and all(row.params.plain for row in rows):
+        if rows != self._rows:  # mostly they are those of the step before
+            self._rows, self._plain = rows, all(row.params.plain for row in rows)
+        if self._argmax is not None and self._plain:
             return self._take_the_best(logits, rows, self._argmax)
         scored = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
         raw = logits[scored] if scored else None
@@ -134,11 +138,12 @@ class Sampler:
         for processor in self._own_processors:
             processor(logits, rows)
         tokens = argmax(logits)
-        arrival = self._fetch(tokens, logits.gather(1, tokens[:, None]))
+        arrival = self._fetch(tokens, logits.gather(1, tokens[:, None])[:, 0])
 
         def result() -> SamplerOutput:
             ids, best = arrival()
-            return SamplerOutput(ids, [None] * len(ids), [index for index, (value,) in enumerate(best) if not math.isfinite(value)])
+            failed = [] if math.isfinite(sum(best)) else [index for index, value in enumerate(best) if not math.isfinite(value)]
+            return SamplerOutput(ids, [None] * len(ids), failed)
 
         return Drawn(tokens, result)
 

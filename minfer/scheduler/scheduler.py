@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from minfer.scheduler.block_pool import BlockPool
@@ -40,7 +40,7 @@ class ScheduledRequest:
     """`num_new_tokens` of a request's tokens, from `start`, to go through the model in this step; `drafts` are the last of them.
 
     `parents[i]` is the draft, from 1, that draft i + 1 follows, or 0 for the newest token, and comes before it; () where each follows the
-    one before. `kept` are those that turned out right, known once the step has run.
+    one before. Known once the step has run: `kept`, those that turned out right, and `drawn`, the tokens that the request got.
     """
 
     request: Request
@@ -50,6 +50,7 @@ class ScheduledRequest:
     drafts: Sequence[int] = ()
     parents: Sequence[int] = ()
     kept: Sequence[int] = ()
+    drawn: Sequence[int] = ()
 
     @property
     def completes_prompt(self) -> bool:
@@ -64,9 +65,13 @@ class ScheduledRequest:
 
 @dataclass(slots=True)
 class SchedulerOutput:
-    """The decision of one step. `copies` are blocks to copy, (from, to), before the model runs."""
+    """The decision of one step. `copies` are blocks to copy, (from, to), before the model runs.
+
+    `one_each`: every request has one token to compute, its newest, which gives the next; most steps are so.
+    """
 
     scheduled: list[ScheduledRequest] = field(default_factory=list)
+    one_each: bool = True
     copies: list[tuple[int, int]] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
 
@@ -143,8 +148,8 @@ class Scheduler:
         self.stats.num_copied_blocks += len(output.copies)
         return output
 
-    def update(self, output: SchedulerOutput, sampled: Mapping[Request, Sequence[int]]) -> list[Request]:
-        """The step has run: gives its requests what was sampled. Returns those that are now finished.
+    def update(self, output: SchedulerOutput) -> list[Request]:
+        """The step has run: gives its requests what was `drawn` for them. Returns those that are now finished.
 
         A request gets one token, or with drafts those it accepted and one more; what follows a token that ends it is dropped.
         """
@@ -154,10 +159,11 @@ class Scheduler:
         for item in output.scheduled:
             request = item.request
             request.num_pending -= item.samples
-            if request.finished:  # aborted while the step ran, or by a token that came after the step was decided
+            if request.finish_reason is not None:  # aborted while the step ran, or by a token that came after the step was decided
+                item.drawn = ()
                 continue
             computed += item.num_new_tokens
-            reason = self._append(request, sampled.get(request, ()))
+            reason = self._append(item)
             if request.num_computed_tokens >= (request.published_blocks + 1) * self.block_size:
                 self._publish(request)
             if request.pooling is not None and not request.num_left:
@@ -208,27 +214,30 @@ class Scheduler:
 
     def _continue_running(self, output: SchedulerOutput) -> int:
         budget = self.max_num_batched_tokens
-        position = 0
-        while position < len(self.running):
-            request = self.running[position]
-            position += 1
-            left, start = request.num_left, request.num_computed_tokens
-            if not left:
+        for position, request in enumerate(self.running, 1):  # it may lose its last ones on the way
+            left = request.num_left
+            if left == 1 and not request.draft_token_ids and request.pooling is None:
+                item = ScheduledRequest(request, request.num_computed_tokens, 1, True)
+            elif left:
+                output.one_each = False
+                item = self._share(request, left, budget, len(self.running) - position)
+            else:
                 continue  # the token it waits for is its last
-            behind = len(self.running) - position
-            count = 1 if left == 1 else min(left, self.max_prefill_chunk, budget - behind)
-            samples = count == left and request.pooling is None
-            drafts: Sequence[int] = ()
-            parents: Sequence[int] = ()
-            if samples and request.draft_token_ids:
-                drafts = self._take_drafts(request, budget - behind - count, behind)
-                parents = request.draft_parents[: len(drafts)]
-                count += len(drafts)
-            if start + count > len(request.blocks) * self.block_size and not self._make_room(request, count, output):
+            if item.start + item.num_new_tokens > len(request.blocks) * self.block_size and not self._make_room(item, output):
                 break  # it was last in order, and preempted itself
-            output.scheduled.append(ScheduledRequest(request, start, count, samples, drafts, parents))
-            budget -= count
+            output.scheduled.append(item)
+            budget -= item.num_new_tokens
         return budget
+
+    def _share(self, request: Request, left: int, budget: int, behind: int) -> ScheduledRequest:
+        """What a request gets of the budget that has `behind` others after it, if it has several tokens left, or drafts."""
+        count = min(left, self.max_prefill_chunk, budget - behind)
+        samples = count == left and request.pooling is None
+        drafts: Sequence[int] = ()
+        if samples and request.draft_token_ids:
+            drafts = self._take_drafts(request, budget - behind - count, behind)
+        parents = request.draft_parents[: len(drafts)]
+        return ScheduledRequest(request, request.num_computed_tokens, count + len(drafts), samples, drafts, parents)
 
     def _take_drafts(self, request: Request, budget: int, behind: int) -> list[int]:
         """The drafts that fit in what is over: of the budget, of the request's length, and of blocks nobody behind it may need."""
@@ -237,15 +246,17 @@ class Scheduler:
         room = min(budget, request.max_total_tokens - request.num_tokens - 1, blocks * self.block_size - request.num_tokens)
         return drafts[: max(0, room)]
 
-    def _append(self, request: Request, tokens: Sequence[int]) -> tuple[FinishReason, int | None] | None:
-        """Appends sampled tokens up to one that ends the request; the KV of all but the newest is there already."""
-        for index, token in enumerate(tokens):
+    def _append(self, item: ScheduledRequest) -> tuple[FinishReason, int | None] | None:
+        """Appends what was drawn, up to a token that ends the request; the KV of all but the newest is there already."""
+        request = item.request
+        for index, token in enumerate(item.drawn):
             request.append(token)
             if index:
                 request.num_computed_tokens += 1
             if token in request.ending_ids or len(request.token_ids) >= request.max_total_tokens:
                 reason = request.why_finished()
                 if reason is not None:
+                    item.drawn = item.drawn[: index + 1]
                     return reason
         return None
 
@@ -256,9 +267,10 @@ class Scheduler:
             self.pool.release(request.blocks[keep:])
             request.blocks = request.blocks[:keep]
 
-    def _make_room(self, request: Request, count: int, output: SchedulerOutput) -> bool:
-        """Gives a running request the blocks for `count` more tokens, preempting from the end of the order if it must."""
-        needed = self._blocks_for(request.num_computed_tokens + count) - len(request.blocks)
+    def _make_room(self, item: ScheduledRequest, output: SchedulerOutput) -> bool:
+        """Gives a running request the blocks for its share, preempting from the end of the order if it must."""
+        request = item.request
+        needed = self._blocks_for(item.start + item.num_new_tokens) - len(request.blocks)
         while self.pool.num_free < needed:
             victim = self.running[-1]
             self._preempt(victim, output)
@@ -285,12 +297,12 @@ class Scheduler:
             self._num_waiting -= 1
             request.status = RequestStatus.RUNNING
             bisect.insort(self.running, request, key=self.policy.key)
-            count = min(request.num_left, self.max_prefill_chunk, budget)
-            fits = self._make_room(request, count, output)
+            item = self._share(request, request.num_left, budget, 0)
+            fits = self._make_room(item, output)
             assert fits, "admission has checked that the blocks are there"
-            samples = count == request.num_left and request.pooling is None
-            output.scheduled.append(ScheduledRequest(request, request.num_computed_tokens, count, samples))
-            budget -= count
+            output.one_each = False
+            output.scheduled.append(item)
+            budget -= item.num_new_tokens
         for entry in postponed:
             heapq.heappush(self._waiting, entry)
 

@@ -29,9 +29,18 @@ class IncrementalDetokenizer:
         self._token_bytes = token_bytes
         self._skip_ids = skip_ids
         self._incomplete = b""  # the tail that may become a character
+        self._settled = False  # nothing that came before has a say in what the next token's bytes mean
         self._at_start = True  # no token has counted yet: the next is the first of the text
         self._drop_space = token_bytes.drop_first == " "
         self._prime(prompt_ids)
+
+    def next(self, token_id: int) -> str:
+        """`append` of one id, which is what every stream asks for at every step."""
+        if self._settled and token_id not in self._skip_ids:
+            text = self._token_bytes.texts[token_id]
+            if text is not None:
+                return text
+        return self.append((token_id,))
 
     def append(self, ids: Iterable[int]) -> str:
         """The text that these ids make printable; "" while the tail may still be part of a character."""
@@ -55,7 +64,8 @@ class IncrementalDetokenizer:
         self._incomplete = data[read:]
         if self._drop_space and text:
             self._drop_space = False
-            return text[1:] if text[0] == " " else text
+            text = text.removeprefix(" ")
+        self._settled = not self._incomplete and not self._drop_space
         return text
 
     def _prime(self, prompt_ids: Sequence[int]) -> None:

@@ -21,11 +21,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer as Backend
 
 from minfer.errors import ModelLoadError
+
+V = TypeVar("V")
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -35,14 +37,14 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + rank): byte for rank, byte in enumerate(others)}
 
 
-class _Table(dict[int, bytes]):
+class _Table(dict[int, V]):
     """A dictionary that makes what it lacks: looking up what it has is one operation of the interpreter's."""
 
-    def __init__(self, make: Callable[[int], bytes]) -> None:
+    def __init__(self, make: Callable[[int], V]) -> None:
         super().__init__()
         self._make = make
 
-    def __missing__(self, token_id: int) -> bytes:
+    def __missing__(self, token_id: int) -> V:
         made = self[token_id] = self._make(token_id)
         return made
 
@@ -61,10 +63,13 @@ class TokenBytes:
     replacements: tuple[tuple[str, str], ...]
     byte_fallback: bool
     drop_first: str
-    table: dict[int, bytes] = field(init=False)  # made as it is asked; an id that the tokenizer doesn't know is b""
+    # Made as they are asked. An id that the tokenizer doesn't know is b""; one that isn't made of whole characters has no text of its own.
+    table: dict[int, bytes] = field(init=False)
+    texts: dict[int, str | None] = field(init=False)
 
     def __post_init__(self) -> None:
         self.table = _Table(self._compute)
+        self.texts = _Table(self._text)
 
     @classmethod
     def from_backend(cls, backend: Backend, source: str) -> TokenBytes:
@@ -103,6 +108,12 @@ class TokenBytes:
             return self(token_id)
         text = self.added.get(token_id) or self.backend.id_to_token(token_id) or ""
         return text.replace(self.drop_first, "").encode()
+
+    def _text(self, token_id: int) -> str | None:
+        try:
+            return self.table[token_id].decode()
+        except UnicodeDecodeError:
+            return None
 
     def _compute(self, token_id: int) -> bytes:
         text = self.added.get(token_id)

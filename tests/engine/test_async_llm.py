@@ -133,7 +133,7 @@ def test_a_dead_engine_tells_everyone(llm: AsyncLLM) -> None:
         def fail(*arguments: Any) -> None:
             raise RuntimeError("out of luck")
 
-        llm.engine.core.runner.run = fail  # type: ignore[method-assign]
+        llm.engine.core.runner.logits = fail  # type: ignore[method-assign]
         for result in await asyncio.gather(*streams, return_exceptions=True):
             assert isinstance(result, EngineDeadError)
             assert "out of luck" in str(result)

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Oracle
 
 from minfer import SamplingParams
-from minfer.engine.core import CoreOutput, CoreStep
+from minfer.engine.core import CoreStep
 from minfer.engine.output_processor import OutputProcessor
 from minfer.engine.outputs import CompletionOutput, OutputKind
-from minfer.scheduler import FinishReason, Request, RequestStatus, SchedulerOutput
+from minfer.scheduler import FinishReason, Request, RequestStatus, ScheduledRequest, SchedulerOutput
 from minfer.tokenizer import Tokenizer
 
 
@@ -46,7 +46,7 @@ def run(tokenizer: Tokenizer, ids: list[int], cuts: list[int], params: SamplingP
             request.append(token)
         if end == len(ids):
             finish(request, "length")
-        step = CoreStep(SchedulerOutput(), [CoreOutput(request, ids[start:end], [None] * (end - start))])
+        step = CoreStep(SchedulerOutput([ScheduledRequest(request, 5, 1, samples=True, drawn=ids[start:end])]))
         for output in processor.process(step, 0.0, finish):
             told += output.outputs
         start = end

@@ -32,7 +32,7 @@ class Recorder(Watcher):
         assert times.steps == 1
         assert 0 < times.schedule + times.build + times.forward + times.sample + times.wait + times.update <= ended - started
         self.computed += step.plan.num_tokens
-        self.tokens.update({output.request.request_id: len(output.token_ids) for output in step.outputs})
+        self.tokens.update({item.request.request_id: len(item.drawn) for item in step.plan.scheduled})
 
     def ended(self, requests: Sequence[Request], at: float) -> None:
         for request in requests:

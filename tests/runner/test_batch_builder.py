@@ -60,7 +60,9 @@ steps = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(script=steps, moved=st.sets(st.integers(0, 25)))
 def test_batches_are_what_their_rows_say(script: list[list[tuple[int, int, int]]], moved: set[int]) -> None:
-    """In the steps `moved` every table is another list with other blocks in it, as after a preemption."""
+    """In the steps `moved` every table is another list with other blocks in it, as after a preemption. Steps of one token each are
+    built either way.
+    """
     builder = BatchBuilder(64, 6, MAX_LEN, SIZE, torch.device("cpu"))
     rows = [Row([100 * n + i for i in range(MAX_LEN)]) for n in range(6)]
     free = 1
@@ -80,6 +82,21 @@ def test_batches_are_what_their_rows_say(script: list[list[tuple[int, int, int]]
             known = Row(row.token_ids[: row.computed + count], row.blocks)
             spans.append(RowSpan(known, row.computed, count + drafts, min(count, 1) + drafts, [7] * drafts))
             row.computed += count
+        check(builder.build(spans), spans)
+        if all(span.count == 1 and not span.drafts for span in spans):
+            check(builder.build_one_each([span.row for span in spans], [span.start for span in spans]), spans)
+
+
+def test_many_rows_of_one_token() -> None:
+    """More than are filled one by one; and of the tokens that the device alone knows, nothing but their places."""
+    builder = BatchBuilder(64, 40, MAX_LEN, SIZE, torch.device("cpu"))
+    rows = [Row([n, *range(MAX_LEN)], [3 * n + i for i in range(1 + n % 3)]) for n in range(40)]
+    for step in range(3):
+        starts = [min(step + n % 9, len(row.blocks) * SIZE - 1) for n, row in enumerate(rows)]
+        spans = [RowSpan(row, start, 1, 1) for row, start in zip(rows, starts, strict=True)]
+        check(builder.build_one_each(rows, starts), spans)
+        unknown = builder.build_one_each(rows, starts, known=False)
+        assert unknown.slots.tolist() == spelled(spans)["slots"] and unknown.seq_lens.tolist() == spelled(spans)["seq_lens"]
         check(builder.build(spans), spans)
 
 

@@ -80,7 +80,9 @@ class FakeEngine:
         for request in sampled:
             del self.drawn[request][0]
         self.computed_per_step.append({item.request.request_id: item.num_new_tokens for item in plan.scheduled})
-        self.scheduler.update(plan, sampled)
+        for item in plan.scheduled:
+            item.drawn = sampled.get(item.request, ())
+        self.scheduler.update(plan)
         self.scheduler.check_integrity()
         for request in self.scheduler.running:
             if request.num_left == 1 and not self.overlap:
@@ -96,6 +98,7 @@ class FakeEngine:
         scheduler.check_integrity()
         assert plan.num_tokens <= scheduler.max_num_batched_tokens
         assert len(scheduler.running) <= scheduler.max_num_seqs
+        assert not plan.one_each or all(item.samples and item.num_new_tokens == 1 and not item.drafts for item in plan.scheduled)
         size = scheduler.block_size
         for source, target in plan.copies:
             for offset in range(size):

@@ -77,7 +77,7 @@ def test_the_model_fails_in_the_middle(serve: Any, own_llm: AsyncLLM, error: Exc
     with serve(own_llm) as client:
         clients, seen = endings(client, 6)
         wait_for_requests(own_llm, 6)
-        own_llm.engine.core.runner.run = raising(error)  # type: ignore[method-assign]
+        own_llm.engine.core.runner.logits = raising(error)  # type: ignore[method-assign]
         for thread in clients:
             thread.join(20)
         assert seen == ["engine_dead"] * 6

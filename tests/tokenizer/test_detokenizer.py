@@ -39,6 +39,15 @@ def test_pieces_join_to_the_whole_decode(kind: str, ids: list[int], cuts: list[i
     assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=skip)
 
 
+@given(kind=KINDS, prompt=st.lists(st.integers(0, 720), max_size=4), ids=st.lists(st.integers(0, 720), max_size=40), skip=st.booleans())
+@settings(max_examples=400, deadline=None)
+def test_one_token_at_a_time_is_the_same(kind: str, prompt: list[int], ids: list[int], skip: bool) -> None:
+    """`next` takes a short cut where a token is whole characters and nothing is held back: piece by piece what `append` gives."""
+    one, several = (TOKENIZERS[kind].detokenizer(prompt, skip_special_tokens=skip) for _ in range(2))
+    assert [one.next(token) for token in ids] == [several.append([token]) for token in ids]
+    assert one.finish() == several.finish()
+
+
 @given(kind=KINDS, text=st.text(max_size=80), skip=st.booleans())
 @settings(max_examples=400, deadline=None)
 def test_decode_and_encode_agree_with_the_library(kind: str, text: str, skip: bool) -> None:
