@@ -23,6 +23,8 @@ token b9, and z in the place of y:
 To every kernel a branch is a sequence like any other, whose last keys lie elsewhere: no mask, and the order of additions is by position
 in both, so a token's result is the same bits whether it was drafted in a chain, in a tree, or not at all.
 
+Requests may each want another LoRA adapter. `lora` says which rows go through which one; without it, all go through the model as it is.
+
 It is an argument of every call that needs it: nothing about a step is global.
 """
 
@@ -32,6 +34,26 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+
+
+@dataclass(slots=True)
+class LoraRows:
+    """Which rows of a step an adapter changes: sorted by adapter, and cut into tiles of one adapter each.
+
+    Of four requests, A with adapter 2, B with none, C with 1 and D with 2, cut at `tile_rows` 4:
+
+        token_ids   a0 a1 b0 c0 d0 d1 d2
+        rows         3   0  1  4  5  6                   numbers of rows, by adapter
+        tiles       (1, 0, 1)  (2, 1, 4)  (2, 5, 1)      adapter, where it begins in `rows`, how many
+        groups      (1, 0, 1)  (2, 1, 5)                 the same uncut, on the host
+
+    A tile of adapter 0 is empty: what a replayed step, whose number of tiles is fixed, has over.
+    """
+
+    rows: torch.Tensor  # [N] int32
+    tiles: torch.Tensor  # [M, 3] int32
+    groups: list[tuple[int, int, int]]
+    tile_rows: int
 
 
 @dataclass(slots=True)
@@ -48,6 +70,7 @@ class Batch:
     query_lens_host: list[int]  # R entries
     seq_lens_host: list[int]  # R entries
     tails: torch.Tensor | None = None  # [R, 1 + D] int64: a position, and the slots of the keys from there on; None without branches
+    lora: LoraRows | None = None  # None where no row has an adapter
 
     # `tails[r, 0]` of a row all of whose keys lie where the block table says.
     NO_TAIL: ClassVar[int] = 2**62

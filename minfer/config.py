@@ -99,6 +99,9 @@ class EngineConfig:
         1, "Tokens tried at each place of a draft, where an EAGLE, EAGLE-3 or Medusa head drafts: above 1, drafts branch into trees."
     )
     ngram_min_match: int = option(3, "Tokens that must agree before ngram copies what followed them.")
+    lora: Mapping[str, str] | None = option(
+        None, "LoRA adapter to serve beside the model, as NAME=FOLDER or NAME=REPO; requests ask for it by its name. May be repeated."
+    )
     guided_backend: GuidedBackend = option(
         "llguidance",
         "Library behind structured output; xgrammar knows less of JSON Schema and has no limits on compiling.",
@@ -147,6 +150,8 @@ class EngineConfig:
             self.speculative != "skip" or re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", self.skip_layers) is None
         ):
             self._fail("skip_layers", "names layers, as 8-21 or 4,6,8, for --speculative skip; it can't be")
+        if self.lora is not None:
+            self._check_lora()
         if self.memory_utilization is not None and not 0 < self.memory_utilization <= 1:
             self._fail("memory_utilization", "must be above 0 and at most 1")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -180,6 +185,17 @@ class EngineConfig:
             if name not in known:
                 raise ConfigError(f"unknown setting {name!r}; known are {', '.join(known)}")
         return cls(**options)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the LoRA adapters, in the order of their numbers, which count from 1."""
+        return tuple(self.lora or ())
+
+    def _check_lora(self) -> None:
+        pairs = dict(self.lora) if isinstance(self.lora, Mapping) else {"": ""}  # a copy: the caller's may change
+        if not all(isinstance(text, str) and text and text.isprintable() for pair in pairs.items() for text in pair):
+            self._fail("lora", "must map names of adapters to folders or hub ids")
+        object.__setattr__(self, "lora", pairs or None)
 
     def _at_least_one(self, name: str) -> None:
         value = getattr(self, name)

@@ -20,7 +20,7 @@ import typer
 
 from minfer.cli.command import command
 from minfer.cli.conversation import SAMPLING, Conversation, Leave
-from minfer.cli.engine import load_llm
+from minfer.cli.engine import load_llm, only_adapter
 from minfer.cli.options import engine_flags
 from minfer.cli.terminal import Terminal
 from minfer.config import EngineConfig
@@ -41,6 +41,7 @@ def chat(
     history: Annotated[bool, typer.Option("--history/--no-history", help="Keep typed lines for the next chat's arrow keys.")] = True,
 ) -> None:
     """Talk with a model. /help lists the commands; Ctrl-D leaves."""
+    only_adapter(engine)
     llm, phases = load_llm(terminal, engine)
     if llm.get_tokenizer().chat_template is None:
         raise ConfigError(

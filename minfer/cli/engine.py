@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from minfer.cli.terminal import Terminal
 from minfer.config import CALIBRATED, EngineConfig
+from minfer.errors import ConfigError
 from minfer.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -34,6 +35,13 @@ def load_llm(terminal: Terminal, config: EngineConfig) -> tuple[LLM, dict[str, f
     return llm, phases
 
 
+def only_adapter(config: EngineConfig) -> str | None:
+    """The LoRA adapter that a command for one model runs with. Raises ConfigError where there are several."""
+    if len(config.adapters) > 1:
+        raise ConfigError("lora names several adapters, and this command runs one; give one, or serve them all with `minfer serve`")
+    return config.adapters[0] if config.adapters else None
+
+
 def run_request(
     llm: LLM,
     prompt: Prompt,
@@ -45,10 +53,10 @@ def run_request(
     """Runs one request to its end and returns its whole output.
 
     `say` gets each new piece of the first answer's text; `stopped` is asked after each step whether to end the request where it
-    stands (finish_reason "abort").
+    stands (finish_reason "abort"). Where a LoRA adapter was loaded, it is run with that.
     """
     engine, request_id = llm.engine, "cli"
-    engine.add_request(request_id, prompt, params, kind="delta")
+    engine.add_request(request_id, prompt, params, lora=only_adapter(engine.config), kind="delta")
     answers: dict[int, CompletionOutput] = {}
     try:
         while True:

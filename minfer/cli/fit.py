@@ -28,7 +28,7 @@ TIGHT = 0.9  # of the free memory
 ALTERNATIVES = ("none", "int8", "int4")
 
 
-@command(engine=engine_flags(leave_out=["seed", "max_model_len", "max_num_seqs"]))
+@command(engine=engine_flags(leave_out=["seed", "max_model_len", "max_num_seqs", "lora"]))
 def fit(
     terminal: Terminal,
     engine: EngineConfig,

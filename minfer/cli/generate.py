@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minfer.cli.command import command
-from minfer.cli.engine import load_llm, run_request, summary, timings
+from minfer.cli.engine import load_llm, only_adapter, run_request, summary, timings
 from minfer.cli.options import engine_flags, sampling_flags
 from minfer.cli.terminal import Terminal
 from minfer.config import EngineConfig
@@ -35,6 +35,7 @@ def generate(
     """Continue a prompt. The text streams to stdout; timings go to stderr."""
     if not terminal.json and (sampling.logprobs is not None or sampling.prompt_logprobs is not None):
         raise ConfigError("--logprobs and --prompt-logprobs are shown in the JSON object only; add --json")
+    only_adapter(engine)
     text = read_prompt(terminal, prompt)
     llm, phases = load_llm(terminal, engine)
     ids = llm.get_tokenizer().apply_chat_template([{"role": "user", "content": text}]) if chat else None

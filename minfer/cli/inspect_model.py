@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 USERS = (1, 4, 16, 64)
 
 
-@command(engine=engine_flags(leave_out=["seed"]))
+@command(engine=engine_flags(leave_out=["seed", "lora"]))
 def inspect_model(terminal: Terminal, engine: EngineConfig) -> None:
     """Show a model's architecture, what its weights and KV cache take, and what fits on this machine."""
     from minfer.loader import open_checkpoint, resolve_model

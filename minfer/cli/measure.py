@@ -54,14 +54,15 @@ class Run:
 
 
 def measure(engine: Engine, shape: Shape, rng: random.Random) -> Run:
-    """Runs one batch to its end. Every prompt is drawn anew from `rng`."""
+    """Runs one batch to its end. Every prompt is drawn anew from `rng`; the requests take the LoRA adapters in turn."""
     params = SamplingParams(max_tokens=shape.output_tokens, ignore_eos=True, temperature=0.0)
     prompts = [[rng.randrange(engine.inputs.vocab_size) for _ in range(shape.prompt_tokens)] for _ in range(shape.batch_size)]
+    adapters = engine.config.adapters or (None,)
     speculation = engine.core.speculation
     guessed = copy.deepcopy(speculation.stats) if speculation is not None else None
     started = time.perf_counter()
     for n, ids in enumerate(prompts):
-        engine.add_request(f"bench-{n}", ids, params, kind="delta")
+        engine.add_request(f"bench-{n}", ids, params, lora=adapters[n % len(adapters)], kind="delta")
     begun: set[str] = set()
     last: dict[str, RequestOutput] = {}
     peak = 0

@@ -27,11 +27,19 @@ from minfer.errors import ConfigError
 from minfer.sampling_params import SamplingParams
 from minfer.structured_outputs import StructuredOutputsParams
 
-Kind = Literal["bool", "int", "float", "str", "size", "strings", "ints", "biases", "json"]
+Kind = Literal["bool", "int", "float", "str", "size", "strings", "ints", "biases", "pairs", "json"]
 T = TypeVar("T")
 
 _SUFFIXES = {"K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
-_SHELL_TYPES: dict[Kind, Any] = {"bool": bool, "int": int, "float": float, "ints": list[int], "strings": list[str], "biases": list[str]}
+_SHELL_TYPES: dict[Kind, Any] = {
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "ints": list[int],
+    "strings": list[str],
+    "biases": list[str],
+    "pairs": list[str],
+}
 _SAMPLING_HELP = {
     "n": "How many answers to make.",
     "max_tokens": "Most tokens to generate.",
@@ -83,14 +91,14 @@ class Flag:
             more["metavar"] = "|".join(self.choices)
         elif self.kind == "size":
             more["metavar"] = "SIZE"
-        elif self.kind in ("biases", "json"):
-            more["metavar"] = {"biases": "ID=BIAS", "json": "JSON"}[self.kind]
+        elif self.kind in ("biases", "pairs", "json"):
+            more["metavar"] = {"biases": "ID=BIAS", "pairs": "NAME=VALUE", "json": "JSON"}[self.kind]
         if self.positional:
             del more["rich_help_panel"]
             return self._parameter(typer.Argument(..., show_default=False, **more), base)
         if self.kind == "bool":
             return self._parameter(typer.Option(self.default, f"{self.spelling}/--no-{self.spelling[2:]}", **more), base)
-        if self.kind in ("strings", "ints", "biases"):
+        if self.kind in ("strings", "ints", "biases", "pairs"):
             return self._parameter(typer.Option([], self.spelling, show_default=False, **more), base)
         default = str(self.default) if self.kind == "size" and self.default is not None else self.default
         return self._parameter(typer.Option(default, self.spelling, **more), base | None)
@@ -104,6 +112,8 @@ class Flag:
             return parse_size(given, self.spelling)
         if self.kind == "biases":
             return dict(_parse_bias(item, self.spelling) for item in given) or self.default
+        if self.kind == "pairs":
+            return _parse_pairs(given, self.spelling) or self.default
         if self.kind in ("strings", "ints"):
             return tuple(given) or self.default
         if self.kind == "json" and given is not None:
@@ -124,7 +134,7 @@ class Flag:
         except (KeyError, ValueError) as error:
             wanted = {"bool": "on or off", "int": "a whole number", "float": "a number", "ints": "whole numbers"}[self.kind]
             raise ConfigError(f"{self.name} takes {wanted}, not {text!r}") from error
-        if self.kind in ("strings", "biases"):
+        if self.kind in ("strings", "biases", "pairs"):
             return self.value([text] if self.kind == "strings" else text.split())
         return self.value(text)
 
@@ -191,7 +201,7 @@ def _kind(name: str, hint: Any) -> tuple[Kind, tuple[str, ...], bool]:
         if origin is Literal:
             return "str", arguments, optional
         if origin is not None and issubclass(origin, Mapping):
-            return "biases", (), optional
+            return ("biases" if arguments[0] is int else "pairs"), (), optional
         if origin is not None and issubclass(origin, Sequence):
             return ("ints" if arguments[0] is int else "strings"), (), optional
     for kind in (bool, int, float, str):
@@ -227,6 +237,16 @@ def _parse_bias(text: str, flag: str) -> tuple[int, float]:
         return int(token), float(bias)
     except ValueError as error:
         raise ConfigError(f"{flag} takes ID=BIAS, such as 42=-5, not {text!r}") from error
+
+
+def _parse_pairs(items: Sequence[str], flag: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not name or not equals or name in pairs:
+            raise ConfigError(f"{flag} takes NAME=VALUE, each name once, not {item!r}")
+        pairs[name] = value
+    return pairs
 
 
 def config_table(cls: type = EngineConfig) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from minfer.cli.command import command
-from minfer.cli.engine import load_llm
+from minfer.cli.engine import load_llm, only_adapter
 from minfer.cli.options import engine_flags
 from minfer.cli.terminal import Terminal
 from minfer.config import EngineConfig
@@ -54,6 +54,7 @@ def perplexity(
     if stride is not None and stride > window:
         raise ConfigError(f"--stride {stride} is longer than --window {window}, so tokens would be left out; make it at most the window")
     text = read_text(file)
+    only_adapter(engine)
     llm, phases = load_llm(terminal, engine)
     ids = llm.get_tokenizer().encode(text, add_special_tokens=False)
     prefix = _bos(llm.get_tokenizer()) if bos else []
@@ -122,7 +123,8 @@ def score(llm: LLM, cut: Sequence[Window], prefix: list[int], *, show_progress: 
     with progress_bar("Scoring windows", len(cut), show_progress) as progress:
         for begin in range(0, len(cut), together):
             part = cut[begin : begin + together]
-            outputs = llm.generate([{"prompt_token_ids": prefix + w.ids} for w in part], params, use_tqdm=False)
+            prompts = [{"prompt_token_ids": prefix + w.ids} for w in part]
+            outputs = llm.generate(prompts, params, use_tqdm=False, lora=only_adapter(llm.engine.config))
             for item, output in zip(part, outputs, strict=True):
                 scores += _counted(item, len(prefix), output)
                 progress.advance(note=f"perplexity {exp(-math.fsum(scores) / len(scores)):.3f}")

@@ -104,11 +104,13 @@ class AsyncLLM:
         priority: int = 0,
         tenant: str = "",
         cache_salt: Hashable = None,
+        lora: str | None = None,
         kind: OutputKind = "cumulative",
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yields the request's outputs as they come. Leaving the loop early, or being cancelled, aborts the request.
 
-        `priority` counts with the policy "priority", `tenant` (on whose account the request runs) with "fair".
+        `priority` counts with the policy "priority", `tenant` (on whose account the request runs) with "fair". `lora` names the
+        adapter to run it with.
 
         Raises RequestError if the request can't be run, EngineDeadError if the engine fails or has failed.
         """
@@ -123,7 +125,7 @@ class AsyncLLM:
 
         def add() -> None:
             order: dict[str, Any] = {"priority": priority, "tenant": tenant, "arrived": arrived}
-            self.engine.add_tokens(request_id, text, ids, sampling_params, cache_salt=cache_salt, kind=kind, **order)
+            self.engine.add_tokens(request_id, text, ids, sampling_params, cache_salt=cache_salt, lora=lora, kind=kind, **order)
 
         async with aclosing(self._run(request_id, add)) as outputs:
             async for output in outputs:
@@ -138,6 +140,7 @@ class AsyncLLM:
         priority: int = 0,
         tenant: str = "",
         cache_salt: Hashable = None,
+        lora: str | None = None,
     ) -> RequestOutput:
         """The output that holds the prompt's embedding. Being cancelled aborts the request. Raises as `generate` does."""
         arrived = time.monotonic()
@@ -146,7 +149,7 @@ class AsyncLLM:
 
         def add() -> None:
             order: dict[str, Any] = {"priority": priority, "tenant": tenant, "arrived": arrived}
-            self.engine.add_embedding(request_id, ids, pooling, cache_salt=cache_salt, **order)
+            self.engine.add_embedding(request_id, ids, pooling, cache_salt=cache_salt, lora=lora, **order)
 
         async with aclosing(self._run(request_id, add)) as outputs:
             return await anext(outputs)

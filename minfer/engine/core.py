@@ -27,7 +27,7 @@ from minfer.kvcache import KVCache
 from minfer.models import Model
 from minfer.runner import BatchBuilder, DraftHead, LoadedModel, ModelRunner, Newest, RowSpan
 from minfer.runner.decode_graphs import DecodeGraphs
-from minfer.runner.graphs import Graph, can_capture, can_capture_on_gpu, capture
+from minfer.runner.graphs import Graph, can_capture, can_capture_on_gpu, capture_with_adapters
 from minfer.sampling import Drawn, LogitsProcessor, RowLogprobs, Sampler, SamplerOutput, SamplingRow, prompt_logprobs
 from minfer.scheduler import Request, ScheduledRequest, Scheduler, SchedulerOutput, create_policy
 from minfer.speculative import (
@@ -135,8 +135,9 @@ class EngineCore:
         self.speculation = None if proposer is None else Speculation(proposer, config.num_draft_tokens, config.adaptive_drafts)
         self.forced = None if forced is None or not _drafts_forced(loaded) else ForcedDrafts(forced)
         after = () if proposer is None else proposer.after
-        graph = _graph(loaded, loaded.model, loaded.cache, after)
-        self.runner = ModelRunner(loaded.model, loaded.cache, _builder(loaded), graph, after)
+        adapters = len(config.adapters)
+        graph = _graph(loaded, loaded.model, loaded.cache, after, adapters)
+        self.runner = ModelRunner(loaded.model, loaded.cache, _builder(loaded, adapters), graph, after)
         self.overlaps = may_overlap and proposer is None and config.overlaps(loaded.device.type)
         self.times = StepTimes()
         self._ahead: _UnderWay | None = None  # the step after the one whose outcome was returned last
@@ -307,23 +308,25 @@ def _sampler(loaded: LoadedModel, processors: Sequence[LogitsProcessor]) -> Samp
     return Sampler(loaded.model_config.vocab_size, loaded.device, processors, ops.argmax, ops.sample, ops.fetch)
 
 
-def _builder(loaded: LoadedModel) -> BatchBuilder:
+def _builder(loaded: LoadedModel, adapters: int = 0) -> BatchBuilder:
+    """`adapters`: how many the model has that its batches are for."""
     config = loaded.config
     rows, depth = config.max_num_seqs, 0
     if config.draft_top_k > 1:  # a draft that branches off is a row of its own
         rows, depth = min(config.max_num_batched_tokens, rows * (1 + config.num_draft_tokens)), config.num_draft_tokens
-    return BatchBuilder(config.max_num_batched_tokens, rows, loaded.max_model_len, config.block_size, loaded.device, depth)
+    return BatchBuilder(config.max_num_batched_tokens, rows, loaded.max_model_len, config.block_size, loaded.device, depth, adapters)
 
 
-def _graph(loaded: LoadedModel, model: Model, cache: KVCache, after: Sequence[int] = ()) -> Graph | None:
+def _graph(loaded: LoadedModel, model: Model, cache: KVCache, after: Sequence[int] = (), adapters: int = 0) -> Graph | None:
     """The model's step recorded for every batch up to the largest, on a GPU for decode steps; None where the kernels can't be recorded."""
     config = loaded.config
     if loaded.device.type == "cuda" and config.graphs and can_capture_on_gpu(loaded.ops):
         sizes = (config.max_num_seqs, loaded.max_model_len, config.block_size)
-        return DecodeGraphs(lambda batch: model.forward_states(batch, cache, after), loaded.device, *sizes)
+        return DecodeGraphs(lambda batch: model.forward_states(batch, cache, after), loaded.device, *sizes, adapters=adapters)
     if not config.graphs or not can_capture(loaded.ops):
         return None
-    return capture(lambda batch: model.forward_states(batch, cache, after), loaded.ops, config.max_num_batched_tokens, config.max_num_seqs)
+    largest = (config.max_num_batched_tokens, config.max_num_seqs)
+    return capture_with_adapters(lambda batch: model.forward_states(batch, cache, after), loaded.ops, *largest, adapters)
 
 
 def _proposer(loaded: LoadedModel, scheduler: Scheduler, processors: Sequence[LogitsProcessor]) -> Proposer | None:
@@ -337,7 +340,8 @@ def _proposer(loaded: LoadedModel, scheduler: Scheduler, processors: Sequence[Lo
     if config.speculative == "skip":
         kept = config.layers_kept(loaded.model_config.num_layers)
         model, cache = loaded.model.with_layers(kept), loaded.cache.with_layers(kept)
-        runner = ModelRunner(model, cache, _builder(loaded), _graph(loaded, model, cache))
+        adapters = len(config.adapters)  # it has the layers' own
+        runner = ModelRunner(model, cache, _builder(loaded, adapters), _graph(loaded, model, cache, adapters=adapters))
         return DraftModelProposer(runner, sampler, scheduler.reserve, config.max_num_batched_tokens, shares_cache=True)
     assert draft is not None, "load_model reads what --speculative draft asks"
     if config.draft_top_k > 1:

@@ -77,11 +77,15 @@ class Engine:
         priority: int = 0,
         tenant: str = "",
         cache_salt: Hashable = None,
+        lora: str | None = None,
         kind: OutputKind = "cumulative",
     ) -> None:
-        """Queues a request. Raises RequestError if it can't be run; nothing has been admitted then."""
+        """Queues a request, to be run with the LoRA adapter of that name where one is given.
+
+        Raises RequestError if it can't be run; nothing has been admitted then.
+        """
         text, ids = self.inputs.tokenize(prompt)
-        self.add_tokens(request_id, text, ids, params, priority=priority, tenant=tenant, cache_salt=cache_salt, kind=kind)
+        self.add_tokens(request_id, text, ids, params, priority=priority, tenant=tenant, cache_salt=cache_salt, lora=lora, kind=kind)
 
     def add_tokens(
         self,
@@ -93,6 +97,7 @@ class Engine:
         priority: int = 0,
         tenant: str = "",
         cache_salt: Hashable = None,
+        lora: str | None = None,
         kind: OutputKind = "cumulative",
         arrived: float | None = None,
     ) -> None:
@@ -101,7 +106,7 @@ class Engine:
         `arrived` is when its caller asked, in seconds of `time.monotonic()`, for those who measure how long that is ago.
         """
         self._check_new(request_id)
-        requests = self.inputs.requests(request_id, ids, params, priority=priority, tenant=tenant, cache_key=cache_salt)
+        requests = self.inputs.requests(request_id, ids, params, priority=priority, tenant=tenant, cache_salt=cache_salt, lora=lora)
         self._queue(request_id, text, requests, kind, arrived)
 
     def add_embedding(
@@ -113,13 +118,14 @@ class Engine:
         priority: int = 0,
         tenant: str = "",
         cache_salt: Hashable = None,
+        lora: str | None = None,
         arrived: float | None = None,
     ) -> None:
         """Queues a request for the embedding of a tokenised prompt, which comes in its one output. It is computed beside
         everyone's tokens, in chunks where it is long. `pooling`: the last token's final hidden state, or the mean of all.
         """
         self._check_new(request_id)
-        request = self.inputs.embedding(request_id, ids, pooling, priority=priority, tenant=tenant, cache_key=cache_salt)
+        request = self.inputs.embedding(request_id, ids, pooling, priority=priority, tenant=tenant, cache_salt=cache_salt, lora=lora)
         self._queue(request_id, None, [request], "final", arrived)
 
     def _check_new(self, request_id: str) -> None:

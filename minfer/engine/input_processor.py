@@ -32,6 +32,7 @@ class InputProcessor:
         eos = tokenizer.eos_token_ids if tokenizer is not None else ()
         self.eos_token_ids = tuple(dict.fromkeys((*model.eos_token_ids, *eos)))
         self.tokenizer = tokenizer
+        self.adapters = {name: number for number, name in enumerate(config.adapters, 1)}
         self.grammars = GrammarCompiler(tokenizer, self.eos_token_ids, backend=config.guided_backend)
         self._arrivals = itertools.count()
 
@@ -62,10 +63,19 @@ class InputProcessor:
         return text, ids
 
     def requests(
-        self, request_id: str, ids: list[int], params: SamplingParams, *, priority: int = 0, tenant: str = "", cache_key: Hashable = None
+        self,
+        request_id: str,
+        ids: list[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        tenant: str = "",
+        cache_salt: Hashable = None,
+        lora: str | None = None,
     ) -> list[Request]:
         """The `n` sequences of one request. Siblings fork from the first one, which alone scores the prompt."""
         self._check_params(params)
+        adapter = self.adapter(lora)
         limit = self.max_model_len
         if params.max_tokens is not None:
             limit = min(limit, len(ids) + params.max_tokens)
@@ -87,18 +97,28 @@ class InputProcessor:
                     arrival=next(self._arrivals),
                     priority=priority,
                     tenant=tenant,
-                    cache_key=cache_key,
+                    adapter=adapter,
+                    cache_key=(adapter, cache_salt),
                     fork_of=requests[0] if requests else None,
                 )
             )
         return requests
 
     def embedding(
-        self, request_id: str, ids: list[int], pooling: Pooling, *, priority: int = 0, tenant: str = "", cache_key: Hashable = None
+        self,
+        request_id: str,
+        ids: list[int],
+        pooling: Pooling,
+        *,
+        priority: int = 0,
+        tenant: str = "",
+        cache_salt: Hashable = None,
+        lora: str | None = None,
     ) -> Request:
         """A request that ends with its prompt."""
         if pooling not in get_args(Pooling):
             raise RequestError(f"pooling must be one of {', '.join(get_args(Pooling))}, not {str(pooling)[:40]!r}", param="pooling")
+        adapter = self.adapter(lora)
         return Request(
             request_id=request_id,
             prompt_token_ids=ids,
@@ -108,9 +128,19 @@ class InputProcessor:
             arrival=next(self._arrivals),
             priority=priority,
             tenant=tenant,
-            cache_key=cache_key,
+            adapter=adapter,
+            cache_key=(adapter, cache_salt),
             pooling=pooling,
         )
+
+    def adapter(self, name: str | None) -> int:
+        """The number of the LoRA adapter of this name, 0 for None. Raises RequestError for one that isn't loaded."""
+        if name is None:
+            return 0
+        if not isinstance(name, str) or name not in self.adapters:
+            known = ", ".join(self.adapters) or "none was loaded (set lora=)"
+            raise RequestError(f"there is no LoRA adapter {str(name)[:100]!r}; known: {known}", param="lora")
+        return self.adapters[name]
 
     def _check_params(self, params: SamplingParams) -> None:
         for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):

@@ -42,29 +42,43 @@ class LLM:
         *,
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
+        lora: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Runs all prompts together and returns when the last is done. A prompt is a string, `{"prompt_token_ids": [...]}`,
-        or a list of ids; `sampling_params` is one for all or one for each.
+        or a list of ids; `sampling_params` is one for all or one for each, and so is `lora`, the name of the adapter to run it with
+        (None: the model as it is).
 
         Raises RequestError before anything runs if one of them is invalid, and EngineDeadError if the model fails.
         """
         items = _as_list(prompts)
         params = _one_each("sampling_params", sampling_params or SamplingParams(), SamplingParams, len(items))
         priorities = _one_each("priority", priority or 0, int, len(items))
+        adapters = _one_each("lora", lora, str | None, len(items))
 
         def add(request_id: str, index: int) -> None:
-            self.engine.add_request(request_id, items[index], params[index], priority=priorities[index], kind="final")
+            one: dict[str, Any] = {"priority": priorities[index], "lora": adapters[index]}
+            self.engine.add_request(request_id, items[index], params[index], kind="final", **one)
 
         return self._run(len(items), add, use_tqdm)
 
-    def embed(self, prompts: Prompt | Sequence[Prompt], *, pooling: Pooling = "last", use_tqdm: bool = True) -> list[RequestOutput]:
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: Pooling = "last",
+        use_tqdm: bool = True,
+        lora: str | Sequence[str | None] | None = None,
+    ) -> list[RequestOutput]:
         """Each prompt's `embedding`: its final hidden states, pooled and of length 1. `pooling` takes the last token's, or the
         mean of all. Models that were trained to generate give embeddings that work, not the best there are.
         """
         items = [self.engine.inputs.tokenize(prompt, room_for_output=False)[1] for prompt in _as_list(prompts)]
-        return self._run(
-            len(items), lambda request_id, index: self.engine.add_embedding(request_id, items[index], pooling), use_tqdm, "Embedding"
-        )
+        adapters = _one_each("lora", lora, str | None, len(items))
+
+        def add(request_id: str, index: int) -> None:
+            self.engine.add_embedding(request_id, items[index], pooling, lora=adapters[index])
+
+        return self._run(len(items), add, use_tqdm, "Embedding")
 
     def chat(
         self,
@@ -76,6 +90,7 @@ class LLM:
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        lora: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Like `generate`, for one conversation (a list of messages) or several, through the model's chat template."""
         if not messages:
@@ -92,7 +107,7 @@ class LLM:
             )
             for conversation in conversations
         ]
-        return self.generate([{"prompt_token_ids": ids} for ids in prompts], sampling_params, use_tqdm=use_tqdm)
+        return self.generate([{"prompt_token_ids": ids} for ids in prompts], sampling_params, use_tqdm=use_tqdm, lora=lora)
 
     def _run(self, count: int, add: Callable[[str, int], None], bar: bool, doing: str = "Generating") -> list[RequestOutput]:
         """Runs `count` requests, each put into the engine by `add` under a new id."""
@@ -128,7 +143,7 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return items
 
 
-def _one_each(name: str, value: Any, kind: type, count: int) -> list[Any]:
+def _one_each(name: str, value: Any, kind: Any, count: int) -> list[Any]:
     if isinstance(value, kind):
         return [value] * count
     values = list(value)

@@ -36,6 +36,8 @@ def simulated_engine(config: EngineConfig, gpu: Gpu, element: str, tokenizer: To
     """
     if config.speculative != "none":
         raise ConfigError("drafts can't be simulated: how many are right depends on the model's words")
+    if config.lora is not None:
+        raise ConfigError("LoRA adapters can't be simulated yet; leave lora out")
     checkpoint = open_checkpoint(resolve_model(config.model, revision=config.revision, load_format="dummy"))
     model_config = checkpoint.config
     max_len = pick_max_len(config, model_config)

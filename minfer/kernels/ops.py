@@ -13,7 +13,7 @@ Matrices are handed to `prepare` once, which asks the same list, in order, to re
 first backend that takes the matrix also multiplies by it. A quantised matrix that no backend has a kernel for is dequantised
 here, once and for good, and the log says so: that costs memory, where multiplying by it as it is would cost every step.
 
-Ops return new tensors, except `rotary` and `write_kv`, which work in place. They take tensors whose last axes are
+Ops return new tensors, except `rotary`, `write_kv` and `lora`, which work in place. They take tensors whose last axes are
 contiguous and whose first stride is free, so q, k and v may be slices of one product. Models compute through ops and
 nothing else: that is what makes a step recordable below them (ARCHITECTURE, seam 3).
 """
@@ -27,15 +27,16 @@ from typing import Any
 
 import torch
 
-from minfer.batch import Batch
+from minfer.batch import Batch, LoraRows
 from minfer.errors import ConfigError, ModelLoadError
 from minfer.kernels.fetch import Arrival, fetch
+from minfer.kernels.lora import LoraWeights
 from minfer.kvcache import FORMATS, LayerCache
 from minfer.quant import PackedWeight
 
 logger = logging.getLogger("minfer.kernels")
 
-OP_NAMES = ("rms_norm", "rotary", "write_kv", "attention", "act_mul", "argmax")
+OP_NAMES = ("rms_norm", "rotary", "write_kv", "attention", "act_mul", "argmax", "lora")
 
 
 class Weight(ABC):
@@ -197,6 +198,10 @@ class Ops:
     def act_mul(self, x: torch.Tensor, kind: str) -> torch.Tensor:
         """x[T, 2I] = gate | up -> act(gate) * up, [T, I]. kind: silu."""
         return self._act_mul(x, kind)  # type: ignore[attr-defined, no-any-return]
+
+    def lora(self, y: torch.Tensor, x: torch.Tensor, weights: LoraWeights, rows: LoraRows) -> None:
+        """Adds to y[T, N], in place, what each row's adapter makes of x[T, K]: scale * (x a^T) b, added up in float32."""
+        self._lora(y, x, weights, rows)  # type: ignore[attr-defined]
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         """logits[S, V] -> the lowest id with the highest value, [S] int64."""

@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 
-from minfer.batch import Batch
+from minfer.batch import Batch, LoraRows
 from minfer.errors import ConfigError
 from minfer.kernels.fetch import Arrival
+from minfer.kernels.lora import LoraWeights
 from minfer.kernels.ops import Backend, Weight
 from minfer.kvcache import LayerCache
 from minfer.quant import PackedWeight
@@ -229,6 +230,9 @@ class SimulatedBackend(Backend):
     def act_mul(self, x: torch.Tensor, kind: str) -> torch.Tensor:
         self.device.kernel(3.0 * x.numel())
         return self._zero.expand(x.shape[0], x.shape[1] // 2)
+
+    def lora(self, y: torch.Tensor, x: torch.Tensor, weights: LoraWeights, rows: LoraRows) -> None:
+        raise ConfigError("LoRA adapters can't be simulated yet; leave lora out")
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         self.device.kernel(4.0 * logits.numel())

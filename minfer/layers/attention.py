@@ -34,9 +34,9 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> torch.Tensor:
         tokens = x.shape[0]
-        qkv = self.qkv_proj(x).view(tokens, self.heads + 2 * self.kv_heads, self.dim)
+        qkv = self.qkv_proj(x, batch.lora).view(tokens, self.heads + 2 * self.kv_heads, self.dim)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)  # [T, Hq | Hk | Hk, D], views
         self.ops.rotary(q, k, batch.positions, self.rope)
         self.ops.write_kv(k, v, cache, batch.slots)
         out = self.ops.attention(q, cache, batch, self.scale, self.window)  # [T, Hq, D]
-        return self.o_proj(out.view(tokens, self.heads * self.dim))  # type: ignore[no-any-return]
+        return self.o_proj(out.view(tokens, self.heads * self.dim), batch.lora)  # type: ignore[no-any-return]

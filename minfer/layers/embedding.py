@@ -45,7 +45,7 @@ class OutputHead(Linear):
         # In a tuple, because a module held directly would become a child and offer the embedding's slot under a second name.
         self._tied = (tied_to,)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # no adapter changes it
         (embedding,) = self._tied
         return self.ops.linear(hidden, self.weight if embedding is None else embedding.weight).float()
 

@@ -12,8 +12,10 @@ from functools import partial
 import torch
 from torch import nn
 
+from minfer.batch import LoraRows
 from minfer.errors import ModelLoadError
 from minfer.kernels import Ops, Weight
+from minfer.kernels.lora import LoraWeights
 from minfer.layers.loading import Take, Tensorlike, take_vector
 from minfer.quant import PackedWeight
 
@@ -34,11 +36,15 @@ class Linear(nn.Module):
         self.device = device
         self.parts = parts
         self.bias = torch.empty(outputs, dtype=ops.dtype, device=device) if bias else None
+        self.lora: LoraWeights | None = None  # what adapters add, see lora.py
         self._arrived: dict[str, Tensorlike] = {}
         self._dense: torch.Tensor | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.ops.linear(x, self.weight, self.bias)
+    def forward(self, x: torch.Tensor, rows: LoraRows | None = None) -> torch.Tensor:
+        y = self.ops.linear(x, self.weight, self.bias)
+        if rows is not None and self.lora is not None:
+            self.ops.lora(y, x, self.lora, rows)
+        return y
 
     def slots(self, parent: str, name: str) -> dict[str, Take]:
         slots: dict[str, Take] = {}

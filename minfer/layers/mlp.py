@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from minfer.batch import LoraRows
 from minfer.config import ModelConfig
 from minfer.kernels import Ops
 from minfer.layers.linear import Linear
@@ -19,5 +20,5 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = Linear(ops, hidden, 2 * inner, bias=bias, parts={"gate_proj": inner, "up_proj": inner}, device=device)
         self.down_proj = Linear(ops, inner, hidden, bias=bias, device=device)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.ops.act_mul(self.gate_up_proj(x), self.kind))  # type: ignore[no-any-return]
+    def forward(self, x: torch.Tensor, rows: LoraRows | None) -> torch.Tensor:
+        return self.down_proj(self.ops.act_mul(self.gate_up_proj(x, rows), self.kind), rows)  # type: ignore[no-any-return]

@@ -112,7 +112,7 @@ class _PlainLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> torch.Tensor:
         x, residual = self.post_attention_layernorm(self.self_attn(x, batch, cache), x)
-        return self.mlp(x) + residual  # type: ignore[no-any-return]
+        return self.mlp(x, batch.lora) + residual  # type: ignore[no-any-return]
 
 
 class _FusingLayer(nn.Module):
@@ -133,4 +133,4 @@ class _FusingLayer(nn.Module):
         x = torch.cat((self.input_layernorm(embeddings, None)[0], normed), -1)
         x = self.self_attn(x, batch, cache)
         x, residual = self.post_attention_layernorm(x, normed if self.norm_before_residual else state)
-        return self.mlp(x), residual
+        return self.mlp(x, batch.lora), residual

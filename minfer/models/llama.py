@@ -101,4 +101,4 @@ class DecoderLayer(nn.Module):
         x, stream = self.input_layernorm(x, residual)
         x = self.self_attn(x, batch, cache)
         x, residual = self.post_attention_layernorm(x, stream)
-        return self.mlp(x), residual, stream
+        return self.mlp(x, batch.lora), residual, stream

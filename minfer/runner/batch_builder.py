@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minfer.batch import Batch
+from minfer.batch import Batch, LoraRows
+from minfer.runner.lora_rows import LoraBuffers
 
 _Ints = NDArray[np.int64]
 FEW = 8
@@ -34,6 +35,8 @@ class BatchRow(Protocol):
     def token_ids(self) -> list[int]: ...  # the whole sequence
     @property
     def blocks(self) -> list[int]: ...  # it may grow in place; where anything else changes, it has to be a new list
+    @property
+    def adapter(self) -> int: ...  # number of its LoRA adapter, from 1; 0: none
 
 
 @dataclass(slots=True)
@@ -56,7 +59,7 @@ class RowSpan:
 class _Buffers:
     """The host's side of a batch: tensors, the same memory as arrays, and what is known of its contents."""
 
-    def __init__(self, max_tokens: int, max_requests: int, max_blocks: int, max_tail: int, device: torch.device) -> None:
+    def __init__(self, max_tokens: int, max_requests: int, max_blocks: int, max_tail: int, adapters: int, device: torch.device) -> None:
         pin = device.type == "cuda"
 
         def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -72,6 +75,7 @@ class _Buffers:
             "logits_at": buffer(max_tokens, dtype=torch.int64),
             "tails": buffer(max_requests, 1 + max_tail, dtype=torch.int64),
         }
+        self.lora = LoraBuffers.empty(max_tokens, adapters, pin) if adapters else None
         self.arrays = {name: tensor.numpy() for name, tensor in self.tensors.items()}
         self.tables: list[list[int]] = [[] for _ in range(max_requests)]  # whose blocks each row of block_tables holds
         self.filled = [0] * max_requests  # and how many of them
@@ -95,13 +99,18 @@ class _Buffers:
 
 
 class BatchBuilder:
-    """`max_tail`: the most drafts on the way to one that branched off; each such draft is a row, and counts as a request here."""
+    """`max_tail`: the most drafts on the way to one that branched off; each such draft is a row, and counts as a request here.
 
-    def __init__(self, max_tokens: int, max_requests: int, max_len: int, block_size: int, device: torch.device, max_tail: int = 0) -> None:
+    `adapters`: how many the model has; where it has none, those of the rows are another model's, and of no interest.
+    """
+
+    def __init__(
+        self, max_tokens: int, max_requests: int, max_len: int, block_size: int, device: torch.device, max_tail: int = 0, adapters: int = 0
+    ) -> None:
         self.block_size = block_size
         self.device = device
         max_blocks = -(-max_len // block_size)
-        self._sets = [_Buffers(max_tokens, max_requests, max_blocks, max_tail, device) for _ in range(2)]
+        self._sets = [_Buffers(max_tokens, max_requests, max_blocks, max_tail, adapters, device) for _ in range(2)]
         self._numbers = np.arange(max(max_tokens, max_requests) + 1)  # 0 1 2 ..
         self._turn = 0
 
@@ -135,7 +144,8 @@ class BatchBuilder:
         if any(span.tail for span in spans):
             self._fill_tails(host, spans)
             views = {**views, "tails": host.tensors["tails"][: len(spans)]}
-        return self._batch(views, query_lens, seq_lens)
+        lora = None if host.lora is None else self._lora(host.lora, [span.row for span in spans], query_lens)
+        return self._batch(views, query_lens, seq_lens, lora)
 
     def build_one_each(self, rows: Sequence[BatchRow], starts: list[int], *, known: bool = True) -> Batch:
         """`build` of one token of each row, the one at `starts[r]`, with its logits. Not `known`: the device has all of these tokens."""
@@ -157,16 +167,23 @@ class BatchBuilder:
         else:
             self._fill_one_each(host, tokens if known else None, np.array(starts))
         views = host.views(count, count, widest, count)
-        return self._batch(views, [1] * count, [start + 1 for start in starts])
+        query_lens = [1] * count
+        lora = None if host.lora is None else self._lora(host.lora, rows, query_lens)
+        return self._batch(views, query_lens, [start + 1 for start in starts], lora)
 
     def _other_set(self) -> _Buffers:
         self._turn = 1 - self._turn
         return self._sets[self._turn]
 
-    def _batch(self, views: dict[str, torch.Tensor], query_lens: list[int], seq_lens: list[int]) -> Batch:
+    def _lora(self, buffers: LoraBuffers, rows: Sequence[BatchRow], counts: list[int]) -> LoraRows | None:
+        """Which tokens go through which adapter; None where nobody asks for one."""
+        adapters = [row.adapter for row in rows]
+        return buffers.fill(adapters, counts, self.device) if any(adapters) else None
+
+    def _batch(self, views: dict[str, torch.Tensor], query_lens: list[int], seq_lens: list[int], lora: LoraRows | None) -> Batch:
         if self.device.type != "cpu":
             views = {name: tensor.to(self.device, non_blocking=True) for name, tensor in views.items()}
-        return Batch(**views, query_lens_host=query_lens, seq_lens_host=seq_lens)
+        return Batch(**views, query_lens_host=query_lens, seq_lens_host=seq_lens, lora=lora)
 
     def _fill_few(self, host: _Buffers, tokens: list[int], rows: Sequence[BatchRow], starts: list[int]) -> int:
         """`_fill_one_each` for a few: less work than operations on arrays are, however short."""

@@ -10,6 +10,9 @@ number of requests is rounded up to a *bucket*:
     query_start            0  1   2   3  |  3   3         no query: attention leaves such a row before it reads anything
     seq_lens                  n   n   n  |  0   0
 
+Where requests have LoRA adapters it is another graph, with the adapters' kernels in it; tiles that a step doesn't need say adapter 0. A
+step without adapters has none of that.
+
 Every other op works row by row, so what is in the rows of padding reaches no other row; their results are cut off. How often attention
 splits the context is part of a grid, hence fixed for the longest context that the engine admits; a short one leaves splits empty.
 
@@ -25,7 +28,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from minfer.batch import Batch
+from minfer.batch import Batch, LoraRows
+from minfer.runner.lora_rows import TILE_ROWS, most_tiles
 
 Run = Callable[[], Sequence[torch.Tensor]]
 Record = Callable[[Run], Run]  # runs the function once, and returns what does the same again into the same memory
@@ -42,13 +46,15 @@ class DecodeGraphs:
         max_len: int,
         block_size: int,
         record: Record | None = None,
+        adapters: int = 0,
     ) -> None:
         self.step = step
         self.max_len = max_len
         self.buckets = _buckets(max_requests)
         self.replays = 0  # steps that came from a graph, so that a test or a metric can tell
         self._record = record or cuda_recorder()
-        self._captured: dict[int, Run] = {}
+        self._captured: dict[tuple[int, bool], Run] = {}  # by bucket, and whether rows have adapters
+        self._adapters = adapters
 
         def integers(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -57,11 +63,13 @@ class DecodeGraphs:
         self._slots, self._logits_at = (integers(max_requests, dtype=torch.int64) for _ in range(2))
         self._query_start = integers(max_requests + 1)
         self._block_tables = integers(max_requests, -(-max_len // block_size))
+        self._lora_rows = integers(max_requests if adapters else 0)
+        self._lora_tiles = integers(most_tiles(max_requests, adapters) if adapters else 0, 3)
 
     @property
     def captured(self) -> list[int]:
         """The buckets that have a graph."""
-        return sorted(self._captured)
+        return sorted({bucket for bucket, _ in self._captured})
 
     def replay(self, batch: Batch) -> list[torch.Tensor]:
         """What the step returns, [T, ...] each, in memory that the next replay overwrites. A step that no graph serves is run as it is."""
@@ -71,11 +79,12 @@ class DecodeGraphs:
             return list(self.step(batch))
         bucket = next(size for size in self.buckets if size >= requests)
         self._fill(batch, bucket)
-        if bucket not in self._captured:
-            static = self._batch(bucket)
-            self._captured[bucket] = self._record(lambda: self.step(static))
+        which = bucket, batch.lora is not None
+        if which not in self._captured:
+            static = self._batch(bucket, adapted=which[1])
+            self._captured[which] = self._record(lambda: self.step(static))
         self.replays += 1
-        return [out[:requests] for out in self._captured[bucket]()]
+        return [out[:requests] for out in self._captured[which]()]
 
     def _fill(self, batch: Batch, bucket: int) -> None:
         real, width = batch.num_requests, batch.block_tables.shape[1]
@@ -88,6 +97,11 @@ class DecodeGraphs:
         ):
             static[: given.shape[0]].copy_(given)
         self._block_tables[:real, :width].copy_(batch.block_tables)
+        if batch.lora is not None:
+            rows, tiles = batch.lora.rows, batch.lora.tiles
+            self._lora_rows[: rows.shape[0]].copy_(rows)
+            self._lora_tiles[: tiles.shape[0]].copy_(tiles)
+            self._lora_tiles[tiles.shape[0] : most_tiles(bucket, self._adapters)] = 0
         if real == bucket:
             return
         self._token_ids[real:bucket] = 0
@@ -96,7 +110,7 @@ class DecodeGraphs:
         self._query_start[real + 1 : bucket + 1] = real
         self._seq_lens[real:bucket] = 0
 
-    def _batch(self, bucket: int) -> Batch:
+    def _batch(self, bucket: int, adapted: bool) -> Batch:
         """Views of the buffers. The host's lists are what grids are made from: the longest there may be."""
         return Batch(
             token_ids=self._token_ids[:bucket],
@@ -108,7 +122,11 @@ class DecodeGraphs:
             logits_at=self._logits_at[:bucket],
             query_lens_host=[1] * bucket,
             seq_lens_host=[self.max_len] * bucket,
+            lora=self._lora(bucket) if adapted else None,
         )
+
+    def _lora(self, bucket: int) -> LoraRows:
+        return LoraRows(self._lora_rows[:bucket], self._lora_tiles[: most_tiles(bucket, self._adapters)], [], TILE_ROWS)
 
 
 def cuda_recorder() -> Record:

@@ -22,9 +22,11 @@ from minfer.kernels import Ops, select_ops
 from minfer.kernels.cpu.arena import ask_for_huge_pages, return_free_memory
 from minfer.kvcache import FORMATS, KVCache, format_of
 from minfer.layers.loading import load_weights
+from minfer.layers.lora import add_adapters
 from minfer.loader import Checkpoint, open_checkpoint, quantised_twin, quantized_as_asked, resolve_model
 from minfer.loader.check import Named, finite
 from minfer.loader.heads import is_head
+from minfer.loader.lora import read_lora
 from minfer.models import Model, create_model
 from minfer.quant import PackedWeight
 from minfer.runner.load_head import DraftHead, load_head
@@ -100,6 +102,9 @@ def load_model(config: EngineConfig, on_phase: Callable[[str], None] = lambda na
         model = create_model(model_config, ops, max_len, device)
         tensors = finite(checkpoint.tensors(keep_packed=config.quant != "none"), checkpoint.tensor_infos)
         load_weights(model, _tidied(tensors))
+    if config.lora is not None:
+        with phases("read adapters"), torch.inference_mode():
+            add_adapters(model, [read_lora(name, source) for name, source in config.lora.items()])
     draft: Model | DraftHead | None = None
     if config.draft_model is not None:
         with phases("read draft model"), torch.inference_mode():

@@ -49,6 +49,7 @@ class Request:
     tenant: str = ""  # on whose account it runs
     turn: int = 0  # its place in a fair order, and the tokens it was charged for; the policy's notes
     charged: int = 0
+    adapter: int = 0  # number of the LoRA adapter it runs with, from 1; 0: none
     cache_key: Hashable = None  # what besides the tokens changes the KV: adapter, salt
     pooling: Pooling | None = None  # set: an embedding is wanted of the prompt, and no token is generated
     fork_of: Request | None = None  # a sibling with the same prompt, whose blocks may be shared once they are computed

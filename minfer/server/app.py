@@ -70,12 +70,11 @@ def _add_model_routes(app: FastAPI, slot: ModelSlot) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(slot)]}
+        return {"object": "list", "data": [_model(slot), *(_model(slot, name) for name in slot.adapters)]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        slot.check_name(name)
-        return _model(slot)
+        return _model(slot, slot.adapter_of(name))
 
 
 def _add_generation_routes(app: FastAPI, slot: ModelSlot, options: ServerOptions) -> None:
@@ -84,49 +83,52 @@ def _add_generation_routes(app: FastAPI, slot: ModelSlot, options: ServerOptions
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         async def respond() -> Response:
-            job = _admitted(request, await chat_job(llm, body, options))
+            job = _admitted(request, await chat_job(llm, body, options), adapter)
             generation, head = Generation(slot, job), _head(slot, job)
             if body.stream:
                 return await open_stream(chat_events(generation, body, head), options)
             return JSONResponse(await chat_answer(generation, body, head))
 
         llm = slot.require()
-        slot.check_name(body.model)
+        adapter = slot.adapter_of(body.model)
         unknown.note(body)
         return await answer_while_connected(request, respond())
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         async def respond() -> Response:
-            job = _admitted(request, await completion_job(llm, body, options))
+            job = _admitted(request, await completion_job(llm, body, options), adapter)
             generation, head = Generation(slot, job), _head(slot, job)
             if body.stream:
                 return await open_stream(completion_events(generation, body, head), options)
             return JSONResponse(await completion_answer(generation, body, head))
 
         llm = slot.require()
-        slot.check_name(body.model)
+        adapter = slot.adapter_of(body.model)
         unknown.note(body)
         return await answer_while_connected(request, respond())
 
 
-def _admitted(request: Request, job: Job) -> Job:
+def _admitted(request: Request, job: Job, adapter: str | None) -> Job:
     """The job of the key that sent it, with all of its sequences counted in the queue."""
-    return replace(job, tenant=take_places(request, len(job.prompts) * job.params.n))
+    return replace(job, tenant=take_places(request, len(job.prompts) * job.params.n), lora=adapter)
 
 
 def _head(slot: ModelSlot, job: Job) -> dict[str, Any]:
-    return {"id": job.id, "created": job.created, "model": slot.name, "system_fingerprint": f"minfer-{minfer.__version__}"}
+    return {"id": job.id, "created": job.created, "model": job.lora or slot.name, "system_fingerprint": f"minfer-{minfer.__version__}"}
 
 
-def _model(slot: ModelSlot) -> dict[str, Any]:
-    """`root` and `max_model_len` are vLLM's: its benchmark needs the first, clients size their prompts by the second."""
+def _model(slot: ModelSlot, adapter: str | None = None) -> dict[str, Any]:
+    """`root`, `parent` and `max_model_len` are vLLM's: its benchmark needs the first, clients size their prompts by the last.
+
+    A LoRA adapter is a model whose parent is the one that it was made for.
+    """
     return {
-        "id": slot.name,
+        "id": adapter or slot.name,
         "object": "model",
         "created": slot.created,
         "owned_by": "minfer",
-        "root": slot.root,
-        "parent": None,
+        "root": slot.root if adapter is None else slot.adapters[adapter],
+        "parent": None if adapter is None else slot.name,
         "max_model_len": slot.require().engine.inputs.max_model_len,
     }

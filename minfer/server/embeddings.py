@@ -51,11 +51,13 @@ def add_embedding_route(app: FastAPI, slot: ModelSlot, options: ServerOptions) -
     @app.post("/v1/embeddings")
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         llm = slot.require()
-        slot.check_name(body.model)
-        return await answer_while_connected(request, _answer(slot, llm, body, request, options))
+        adapter = slot.adapter_of(body.model)
+        return await answer_while_connected(request, _answer(slot, llm, body, request, options, adapter))
 
 
-async def _answer(slot: ModelSlot, llm: AsyncLLM, body: EmbeddingRequest, request: Request, options: ServerOptions) -> Response:
+async def _answer(
+    slot: ModelSlot, llm: AsyncLLM, body: EmbeddingRequest, request: Request, options: ServerOptions, adapter: str | None
+) -> Response:
     size = llm.engine.model_config.hidden_size
     if body.dimensions is not None and not 1 <= body.dimensions <= size:
         raise RequestError(f"dimensions must be from 1 to {size}, the width of this model, not {body.dimensions}", param="dimensions")
@@ -64,11 +66,11 @@ async def _answer(slot: ModelSlot, llm: AsyncLLM, body: EmbeddingRequest, reques
     if len(prompts) > options.max_request_sequences:
         raise too_many_sequences(len(prompts), 1, options, "input")
     ids = await asyncio.to_thread(lambda: [_tokenize(llm, prompt, body) for prompt in prompts])
-    work = _Embedding(slot, llm, body, ids, take_places(request, len(prompts)))
+    work = _Embedding(slot, llm, body, ids, take_places(request, len(prompts)), adapter)
     data = await work.run()
     tokens = sum(map(len, ids))
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return JSONResponse({"object": "list", "data": data, "model": slot.name, "usage": usage})
+    return JSONResponse({"object": "list", "data": data, "model": adapter or slot.name, "usage": usage})
 
 
 @dataclass
@@ -80,6 +82,7 @@ class _Embedding:
     body: EmbeddingRequest
     prompts: list[list[int]]
     tenant: str
+    adapter: str | None
 
     async def run(self) -> list[dict[str, Any]]:
         job = f"embd-{uuid.uuid4().hex}"
@@ -108,6 +111,7 @@ class _Embedding:
                 priority=body.priority or 0,
                 tenant=self.tenant,
                 cache_salt=body.cache_salt,
+                lora=self.adapter,
             )
         finally:
             self.slot.running.discard(request_id)

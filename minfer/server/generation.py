@@ -71,7 +71,7 @@ class Generation:
         prompt = {"prompt_token_ids": job.prompts[index].ids}
         self.slot.running.add(request_id)
         try:
-            order: dict[str, Any] = {"priority": job.priority, "tenant": job.tenant}
+            order: dict[str, Any] = {"priority": job.priority, "tenant": job.tenant, "lora": job.lora}
             stream: Any = self.llm.generate(prompt, job.params, request_id, cache_salt=job.cache_salt, kind=kind, **order)
             async with aclosing(stream):
                 async for output in stream:
@@ -99,7 +99,8 @@ class Generation:
 
 def _settings(job: Job) -> dict[str, Any]:
     params = job.params
-    return {name: getattr(params, name) for name in ("n", "max_tokens", "temperature", "top_p") if getattr(params, name) is not None}
+    settings = {name: getattr(params, name) for name in ("n", "max_tokens", "temperature", "top_p") if getattr(params, name) is not None}
+    return settings if job.lora is None else {**settings, "lora": job.lora}
 
 
 def _forget(completion: CompletionOutput) -> None:

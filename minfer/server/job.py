@@ -43,6 +43,7 @@ class Job:
     priority: int = 0
     cache_salt: str | None = None
     tenant: str = ""  # the name of the key that sent it
+    lora: str | None = None  # the adapter that was asked for as its model
     score_only: bool = False  # max_tokens=0: the engine makes one token, and nobody sees it
     tools: Tools | None = None
     created: int = field(default_factory=lambda: int(time.time()))

@@ -27,7 +27,7 @@ import uvicorn
 from minfer.config import EngineConfig
 from minfer.engine.async_llm import AsyncLLM
 from minfer.engine.engine import Engine
-from minfer.errors import EngineDeadError, ModelLoadError, RequestError
+from minfer.errors import ConfigError, EngineDeadError, ModelLoadError, RequestError
 from minfer.sampling_params import SamplingParams
 from minfer.server.app import create_app
 from minfer.server.job import sampling_defaults
@@ -56,6 +56,8 @@ def run_server(config: EngineConfig, options: ServerOptions) -> None:
 
 def _run(config: EngineConfig, options: ServerOptions, listeners: Sequence[Listener]) -> None:
     slot = ModelSlot(config.model, options)
+    if slot.name in config.adapters:
+        raise ConfigError(f"the LoRA adapter {slot.name!r} has the model's own name; give one of them another")
     keys = load_keys(options)
     server = uvicorn.Server(
         uvicorn.Config(

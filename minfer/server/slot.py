@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from minfer.engine.async_llm import AsyncLLM
@@ -81,12 +82,25 @@ class ModelSlot:
             "waiting": scheduler.num_waiting,
         }
 
-    def check_name(self, name: str | None) -> None:
-        """A request may leave the model out; one that names another model is told so, rather than answered by this one."""
-        if name is not None and name != self.name and not self.any_name:
-            shown = name if len(name) <= 100 else name[:97] + "..."
-            message = f"the model {shown!r} does not exist; this server has {self.name!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+    @property
+    def adapters(self) -> Mapping[str, str]:
+        """The LoRA adapters' names, and where they were read from."""
+        return {} if self._llm is None else self._llm.config.lora or {}
+
+    def adapter_of(self, name: str | None) -> str | None:
+        """The LoRA adapter that a request asks for by calling it its model; None for the model as it is.
+
+        A request may leave the model out; one that names another model is told so (404), rather than answered by this one.
+        """
+        if name is None or name == self.name:
+            return None
+        if name in self.adapters:
+            return name
+        if self.any_name:
+            return None
+        shown = name if len(name) <= 100 else name[:97] + "..."
+        known = ", ".join(map(repr, (self.name, *self.adapters)))
+        raise ApiError(404, f"the model {shown!r} does not exist; this server has {known}", param="model", code="model_not_found")
 
     async def abort_all(self) -> None:
         """Ends what is in flight; its readers get the end of it."""

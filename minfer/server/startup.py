@@ -43,6 +43,7 @@ def first_screen(slot: ModelSlot, llm: AsyncLLM, options: ServerOptions, keys: A
         f"  context   {max_len} tokens; {fits} requests of full length fit at the same time",
         f"  KV cache  {describe_kv_cache(loaded.cache, loaded.model_config)}",
         *([f"  sampling  {shown}, from the checkpoint, where a request doesn't say"] if shown else []),
+        *([f"  LoRA      {', '.join(slot.adapters)}: ask for one as the model"] if slot.adapters else []),
         f"  API key   {key}",
         f"  try it    curl {url}/v1/chat/completions{auth} -H 'content-type: application/json' -d '{body}'",
     ]

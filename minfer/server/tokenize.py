@@ -39,7 +39,7 @@ def add_tokenizer_routes(app: FastAPI, slot: ModelSlot) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         llm = slot.require()
-        slot.check_name(body.model)
+        slot.adapter_of(body.model)  # one tokenizer for all
         tokenizer = _tokenizer(llm)
         ids = await asyncio.to_thread(_ids, llm, tokenizer, body)
         texts = [tokenizer.token_text(token) for token in ids] if body.return_token_strs else None
@@ -49,7 +49,7 @@ def add_tokenizer_routes(app: FastAPI, slot: ModelSlot) -> None:
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         """Special tokens are shown: whoever asks wants to see what the ids are."""
         llm = slot.require()
-        slot.check_name(body.model)
+        slot.adapter_of(body.model)  # one tokenizer for all
         tokenizer = _tokenizer(llm)
         llm.engine.inputs.check_ids("tokens", body.tokens)
         return {"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)}

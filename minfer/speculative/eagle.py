@@ -63,6 +63,7 @@ class _Blocks:
 
     blocks: list[int]
     token_ids: list[int]
+    adapter: int = 0  # adapters are the target's
 
 
 class EagleProposer:

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 import torch
 
-from minfer.batch import Batch
+from minfer.batch import Batch, LoraRows
 from minfer.errors import ConfigError
 from minfer.kernels.cpu.runtime import DTYPES, Runtime
 from minfer.kernels.cpu.weights import Activation, CpuStackedWeight, LinearKernels
+from minfer.kernels.lora import LoraWeights
 from minfer.kernels.ops import Backend, Weight
 from minfer.kvcache import LayerCache
 from minfer.quant import PackedWeight
@@ -52,6 +53,15 @@ class CpuBackend(Backend):
         )
         self._silu_mul = runtime.op("silu_mul", "ptr x, ptr out, int rows, int width, int x_stride, int dtype")
         self._argmax = runtime.op("argmax", "ptr x, ptr out, int rows, int width, int x_stride, int dtype")
+        self._lora_shrink = runtime.op(
+            "lora_shrink",
+            "ptr x, ptr index, ptr tiles, ptr a, ptr ranks, ptr t, int lora_tiles, int width, int x_stride, int parts, int rank, int dtype",
+        )
+        self._lora_expand = runtime.op(
+            "lora_expand",
+            "ptr t, ptr index, ptr tiles, ptr b, ptr scales, ptr ranks, ptr bounds, ptr y, int lora_tiles, int parts, int rank, "
+            "int columns, int y_stride, int dtype",
+        )
         self._sample = runtime.op("sample", "ptr logits, ptr wishes, ptr out, int rows, int width, int x_stride")
 
     def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
@@ -127,6 +137,21 @@ class CpuBackend(Backend):
         out = self.runtime.empty((rows, width), x.dtype)
         self._silu_mul(self.runtime.ptr(x), self.runtime.ptr(out), rows, width, _row_stride(x, "x"), _code(x))
         return out
+
+    def lora(self, y: torch.Tensor, x: torch.Tensor, weights: LoraWeights, rows: LoraRows) -> None:
+        for name, tensor in (("y", y), ("the adapters' a", weights.a), ("the adapters' b", weights.b)):
+            _same_type(name, tensor, x)
+        _index("rows", rows.rows, torch.int32)
+        _index("tiles", rows.tiles, torch.int32)
+        width, columns = weights.a.shape[2], weights.b.shape[2]
+        if x.shape[1:] != (width,) or y.shape != (x.shape[0], columns):
+            raise ConfigError(f"these adapters add [T, {columns}] made of [T, {width}], not {list(y.shape)} of {list(x.shape)}")
+        runtime, ptr, tiles, sizes = self.runtime, self.runtime.ptr, rows.tiles.shape[0], (weights.parts, weights.rank)
+        t = runtime.empty((x.shape[0], weights.parts * weights.rank), torch.float32)
+        index = (ptr(rows.rows), ptr(rows.tiles))
+        self._lora_shrink(ptr(x), *index, ptr(weights.a), ptr(weights.ranks), ptr(t), tiles, width, _row_stride(x, "x"), *sizes, _code(x))
+        of_parts = map(ptr, (weights.scales, weights.ranks, weights.bounds))
+        self._lora_expand(ptr(t), *index, ptr(weights.b), *of_parts, ptr(y), tiles, *sizes, columns, _row_stride(y, "y"), _code(y))
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         rows, width = logits.shape

@@ -3,7 +3,7 @@
 While a `StepRecorder` is set on a runtime, ops are noted and nothing is computed. A step is recorded at its largest size and
 replayed at any smaller one: of an op's arguments, only these belong to a particular batch, and become variables of the replay:
 
-    rows, requests, ..._stride            by their field's name
+    rows, requests, ..._stride, ...       by their field's name
     token_ids, positions, slots, ...      the addresses of the batch's tensors, by value; null for one that a batch hasn't
 
 Everything else is a constant: weights, caches, widths. Intermediate tensors get their addresses afterwards. The recording
@@ -29,8 +29,9 @@ from minfer.batch import Batch
 from minfer.errors import ConfigError
 from minfer.kernels.cpu.runtime import Kernel, Runtime
 
-_SIZES = ("rows", "requests", "table_stride", "tail_stride")
+_SIZES = ("rows", "requests", "table_stride", "tail_stride", "lora_tiles")
 _TENSORS = ("token_ids", "positions", "slots", "query_start", "seq_lens", "block_tables", "tails")
+_LORA = ("rows", "tiles")  # of a batch whose rows have adapters
 _ALIGNMENT = 64
 
 
@@ -61,7 +62,7 @@ class StepRecorder:
         if batch.tails is None:
             raise ConfigError("a step is recorded with a batch that has tails, so that every batch may have them")
         self._sizes = dict(zip(_SIZES, _sizes(batch), strict=True))
-        self._inputs = {getattr(batch, name).data_ptr(): len(_SIZES) + i for i, name in enumerate(_TENSORS)}
+        self._inputs = {address: number for number, address in enumerate(_addresses(batch), len(_SIZES)) if address}
         self._buffers: list[_Buffer] = []
         self._calls: list[_Call] = []
         self._held: dict[int, torch.Tensor] = {}  # by address: weights, caches, tables
@@ -158,7 +159,7 @@ class CpuGraph:
         for buffer, shape, dtype in outputs:
             begin = base - self._arena.data_ptr() + buffer.offset
             self._outputs.append(self._arena[begin : begin + buffer.size].view(dtype).view(-1, *shape))
-        self._variables = (ctypes.c_int64 * (len(_SIZES) + len(_TENSORS)))()
+        self._variables = (ctypes.c_int64 * (len(_SIZES) + len(_TENSORS) + len(_LORA)))()
 
     @property
     def arena_bytes(self) -> int:
@@ -173,9 +174,8 @@ class CpuGraph:
         variables = self._variables
         for i, size in enumerate(_sizes(batch)):
             variables[i] = size
-        for i, name in enumerate(_TENSORS, len(_SIZES)):
-            tensor = getattr(batch, name)
-            variables[i] = 0 if tensor is None else tensor.data_ptr()
+        for i, address in enumerate(_addresses(batch), len(_SIZES)):
+            variables[i] = address
         self.runtime.library.minfer_graph_run(self._handle, ctypes.cast(variables, ctypes.c_char_p), self.runtime.pool)
         return [output[:rows] for output in self._outputs]
 
@@ -195,7 +195,16 @@ class _OnlyViews(TorchDispatchMode):
 
 def _sizes(batch: Batch) -> list[int]:
     """What `_SIZES` are of this batch."""
-    return [batch.num_tokens, batch.num_requests, batch.block_tables.stride(0), 0 if batch.tails is None else batch.tails.stride(0)]
+    tail_stride = 0 if batch.tails is None else batch.tails.stride(0)
+    tiles = 0 if batch.lora is None else batch.lora.tiles.shape[0]
+    return [batch.num_tokens, batch.num_requests, batch.block_tables.stride(0), tail_stride, tiles]
+
+
+def _addresses(batch: Batch) -> list[int]:
+    """Of this batch's `_TENSORS` and `_LORA`; 0 where it hasn't one."""
+    own = [getattr(batch, name) for name in _TENSORS]
+    adapters = [None if batch.lora is None else getattr(batch.lora, name) for name in _LORA]
+    return [0 if tensor is None else tensor.data_ptr() for tensor in (*own, *adapters)]
 
 
 def _aligned(offset: int) -> int:

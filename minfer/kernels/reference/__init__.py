@@ -10,6 +10,7 @@ from minfer.kernels.ops import Backend, StackedWeight, Weight
 from minfer.kernels.reference.attention import attention
 from minfer.kernels.reference.elementwise import act_mul, argmax, rms_norm, rotary, write_kv
 from minfer.kernels.reference.linear import DenseWeight, DequantizedWeight
+from minfer.kernels.reference.lora import lora
 from minfer.quant import PackedWeight
 
 
@@ -27,6 +28,7 @@ class ReferenceBackend(Backend):
     attention = staticmethod(attention)
     act_mul = staticmethod(act_mul)
     argmax = staticmethod(argmax)
+    lora = staticmethod(lora)
 
     def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
         if isinstance(weight, PackedWeight):

@@ -24,6 +24,7 @@ from minfer.kernels.triton.checks import FLOATS
 from minfer.kernels.triton.linear_codes import TritonCodesWeight
 from minfer.kernels.triton.linear_dense import TritonDenseWeight
 from minfer.kernels.triton.linear_w8a8 import TritonRoundedWeight
+from minfer.kernels.triton.lora import lora
 from minfer.kernels.triton.rms_norm import rms_norm
 from minfer.kernels.triton.rotary import rotary
 from minfer.kernels.triton.targets import Target
@@ -68,6 +69,7 @@ class TritonBackend(Backend):
     write_kv = staticmethod(write_kv)
     act_mul = staticmethod(act_mul)
     argmax = staticmethod(argmax)
+    lora = staticmethod(lora)
 
     def attention(
         self,
