@@ -27,7 +27,7 @@ TESTS = (
     ("tests/kernels/test_triton_linear.py",),
     ("tests/kernels/test_triton_kv_codes.py",),
     ("tests/kernels/test_triton_engine.py",),
-    ("tests/runner/test_decode_graphs.py",),
+    ("tests/runner/test_decode_graphs.py", "tests/runner/test_upload.py"),
     ("tests/sampling/test_sampler.py", "-m", "gpu"),
 )
 BATCH_SIZES = (1, 8, 64, 256)

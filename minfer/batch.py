@@ -71,6 +71,7 @@ class Batch:
     seq_lens_host: list[int]  # R entries
     tails: torch.Tensor | None = None  # [R, 1 + D] int64: a position, and the slots of the keys from there on; None without branches
     lora: LoraRows | None = None  # None where no row has an adapter
+    padded: Batch | None = None  # the same step where a CUDA graph finds it (`runner/upload.py`); None where no graph serves it
 
     # `tails[r, 0]` of a row all of whose keys lie where the block table says.
     NO_TAIL: ClassVar[int] = 2**62

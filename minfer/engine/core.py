@@ -28,6 +28,7 @@ from minfer.models import Model
 from minfer.runner import BatchBuilder, DraftHead, LoadedModel, ModelRunner, Newest, RowSpan
 from minfer.runner.decode_graphs import DecodeGraphs
 from minfer.runner.graphs import Graph, can_capture, can_capture_on_gpu, capture_with_adapters
+from minfer.runner.upload import buckets
 from minfer.sampling import Drawn, LogitsProcessor, RowLogprobs, Sampler, SamplerOutput, SamplingRow, prompt_logprobs
 from minfer.scheduler import Request, ScheduledRequest, Scheduler, SchedulerOutput, create_policy
 from minfer.speculative import (
@@ -159,7 +160,7 @@ class EngineCore:
         if self.speculation is not None and (step.plan.one_each or all(item.decodes for item in step.plan.scheduled)):
             self.speculation.costs.observe(step.plan.num_tokens, times.build + times.forward + times.sample + times.wait)
         done = self._remember(step, sampled)
-        settled = () if self.forced is None else self.forced.draft(step.plan.scheduled)
+        settled = self.forced.draft(step.plan.scheduled) if self.forced is not None and step.looks_back else ()  # as grammars do
         if self.speculation is not None:
             self.speculation.draft(step.plan.scheduled, self.runner.states, settled)
         times.update = time.perf_counter() - known
@@ -314,15 +315,20 @@ def _builder(loaded: LoadedModel, adapters: int = 0) -> BatchBuilder:
     rows, depth = config.max_num_seqs, 0
     if config.draft_top_k > 1:  # a draft that branches off is a row of its own
         rows, depth = min(config.max_num_batched_tokens, rows * (1 + config.num_draft_tokens)), config.num_draft_tokens
-    return BatchBuilder(config.max_num_batched_tokens, rows, loaded.max_model_len, config.block_size, loaded.device, depth, adapters)
+    sizes = (config.max_num_batched_tokens, rows, loaded.max_model_len, config.block_size)
+    return BatchBuilder(*sizes, loaded.device, depth, adapters, buckets(config.max_num_seqs) if _on_gpu(loaded) else ())
+
+
+def _on_gpu(loaded: LoadedModel) -> bool:
+    """Whether decode steps are replayed from CUDA graphs."""
+    return loaded.device.type == "cuda" and loaded.config.graphs and can_capture_on_gpu(loaded.ops)
 
 
 def _graph(loaded: LoadedModel, model: Model, cache: KVCache, after: Sequence[int] = (), adapters: int = 0) -> Graph | None:
     """The model's step recorded for every batch up to the largest, on a GPU for decode steps; None where the kernels can't be recorded."""
     config = loaded.config
-    if loaded.device.type == "cuda" and config.graphs and can_capture_on_gpu(loaded.ops):
-        sizes = (config.max_num_seqs, loaded.max_model_len, config.block_size)
-        return DecodeGraphs(lambda batch: model.forward_states(batch, cache, after), loaded.device, *sizes, adapters=adapters)
+    if _on_gpu(loaded):
+        return DecodeGraphs(lambda batch: model.forward_states(batch, cache, after))
     if not config.graphs or not can_capture(loaded.ops):
         return None
     largest = (config.max_num_batched_tokens, config.max_num_seqs)

@@ -20,9 +20,10 @@ from minfer.kvcache import KVCache
 from minfer.layers.loading import load_weights
 from minfer.loader import open_checkpoint, resolve_model
 from minfer.models import create_model
-from minfer.runner import LoadedModel
+from minfer.runner import BatchBuilder, LoadedModel
 from minfer.runner.decode_graphs import DecodeGraphs
 from minfer.runner.load import PhaseTimer, pick_max_len
+from minfer.runner.upload import buckets
 from minfer.tokenizer import Tokenizer
 
 _META, _HOST = torch.device("meta"), torch.device("cpu")
@@ -56,9 +57,11 @@ def simulated_engine(config: EngineConfig, gpu: Gpu, element: str, tokenizer: To
     resolved = dataclasses.replace(config, **names)
     engine = Engine(LoadedModel(resolved, model_config, checkpoint, model, ops, cache, _HOST, PhaseTimer(lambda name: None)), None)
     engine.outputs = OutputProcessor(tokenizer)  # which may know fewer ids than the model, so it isn't the engine's own
+    sizes = (config.max_num_batched_tokens, config.max_num_seqs, max_len, config.block_size)
+    graphs = buckets(config.max_num_seqs) if config.graphs else ()
+    engine.core.runner.builder = BatchBuilder(*sizes, _HOST, buckets=graphs, copy=device.copy)
     if config.graphs:
-        sizes = (config.max_num_seqs, max_len, config.block_size)
-        engine.core.runner.graph = DecodeGraphs(lambda batch: model.forward_states(batch, cache, ()), _HOST, *sizes, device.record)
+        engine.core.runner.graph = DecodeGraphs(lambda batch: model.forward_states(batch, cache, ()), device.record)
     return engine, device
 
 

@@ -1,9 +1,9 @@
 """`BatchBuilder`: fills a `Batch` from the rows of a step.
 
 The index tensors live in buffers allocated once for the largest step, and are filled through numpy views: at batch 1 a
-fresh tensor per field would cost more than everything else the host does. On a GPU the host side is pinned and copied
-asynchronously; on the CPU the batch is views of the buffers themselves. Two sets of buffers alternate, so that the next
-step can be built while the previous one still runs.
+fresh tensor per field would cost more than everything else the host does. On the CPU the batch is views of the buffers themselves; on a
+GPU they are copied there in one piece (`upload.py`). Two sets of buffers alternate, so that the next step can be built while the
+previous one still runs.
 
 From step to step little changes: a request's blocks are those of the step before, and one more now and then. So a row of the table
 is written only where it isn't that, the Python loop over the rows gathers their tokens, and the rest is arithmetic on arrays.
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from minfer.batch import Batch, LoraRows
 from minfer.runner.lora_rows import LoraBuffers
+from minfer.runner.upload import Copy, Upload, copy_later
 
 _Ints = NDArray[np.int64]
 FEW = 8
@@ -59,11 +60,9 @@ class RowSpan:
 class _Buffers:
     """The host's side of a batch: tensors, the same memory as arrays, and what is known of its contents."""
 
-    def __init__(self, max_tokens: int, max_requests: int, max_blocks: int, max_tail: int, adapters: int, device: torch.device) -> None:
-        pin = device.type == "cuda"
-
+    def __init__(self, max_tokens: int, max_requests: int, max_blocks: int, max_tail: int, adapters: int) -> None:
         def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, pin_memory=pin)
+            return torch.zeros(shape, dtype=dtype)
 
         self.tensors = {
             "token_ids": buffer(max_tokens),
@@ -75,7 +74,7 @@ class _Buffers:
             "logits_at": buffer(max_tokens, dtype=torch.int64),
             "tails": buffer(max_requests, 1 + max_tail, dtype=torch.int64),
         }
-        self.lora = LoraBuffers.empty(max_tokens, adapters, pin) if adapters else None
+        self.lora = LoraBuffers.empty(max_tokens, adapters) if adapters else None
         self.arrays = {name: tensor.numpy() for name, tensor in self.tensors.items()}
         self.tables: list[list[int]] = [[] for _ in range(max_requests)]  # whose blocks each row of block_tables holds
         self.filled = [0] * max_requests  # and how many of them
@@ -101,16 +100,29 @@ class _Buffers:
 class BatchBuilder:
     """`max_tail`: the most drafts on the way to one that branched off; each such draft is a row, and counts as a request here.
 
-    `adapters`: how many the model has; where it has none, those of the rows are another model's, and of no interest.
+    `adapters`: how many the model has; where it has none, those of the rows are another model's, and of no interest. `buckets` and `copy`:
+    see `Upload`. With a `copy` there is one on any device.
     """
 
     def __init__(
-        self, max_tokens: int, max_requests: int, max_len: int, block_size: int, device: torch.device, max_tail: int = 0, adapters: int = 0
+        self,
+        max_tokens: int,
+        max_requests: int,
+        max_len: int,
+        block_size: int,
+        device: torch.device,
+        max_tail: int = 0,
+        adapters: int = 0,
+        buckets: Sequence[int] = (),
+        copy: Copy | None = None,
     ) -> None:
         self.block_size = block_size
-        self.device = device
         max_blocks = -(-max_len // block_size)
-        self._sets = [_Buffers(max_tokens, max_requests, max_blocks, max_tail, adapters, device) for _ in range(2)]
+        self._sets = [_Buffers(max_tokens, max_requests, max_blocks, max_tail, adapters) for _ in range(2)]
+        self.copy = copy or copy_later
+        uploads = device.type != "cpu" or copy is not None
+        largest = (self._sets[0].tensors, self._sets[0].lora)
+        self._upload = Upload(*largest, max_len, device, adapters, buckets, self.copy) if uploads else None
         self._numbers = np.arange(max(max_tokens, max_requests) + 1)  # 0 1 2 ..
         self._turn = 0
 
@@ -166,10 +178,9 @@ class BatchBuilder:
             self._fill_few(host, tokens, rows, starts)
         else:
             self._fill_one_each(host, tokens if known else None, np.array(starts))
-        views = host.views(count, count, widest, count)
-        query_lens = [1] * count
+        views, query_lens = host.views(count, count, widest, count), [1] * count
         lora = None if host.lora is None else self._lora(host.lora, rows, query_lens)
-        return self._batch(views, query_lens, [start + 1 for start in starts], lora)
+        return self._batch(views, query_lens, [start + 1 for start in starts], lora, one_each=True)
 
     def _other_set(self) -> _Buffers:
         self._turn = 1 - self._turn
@@ -178,12 +189,14 @@ class BatchBuilder:
     def _lora(self, buffers: LoraBuffers, rows: Sequence[BatchRow], counts: list[int]) -> LoraRows | None:
         """Which tokens go through which adapter; None where nobody asks for one."""
         adapters = [row.adapter for row in rows]
-        return buffers.fill(adapters, counts, self.device) if any(adapters) else None
+        return buffers.fill(adapters, counts) if any(adapters) else None
 
-    def _batch(self, views: dict[str, torch.Tensor], query_lens: list[int], seq_lens: list[int], lora: LoraRows | None) -> Batch:
-        if self.device.type != "cpu":
-            views = {name: tensor.to(self.device, non_blocking=True) for name, tensor in views.items()}
-        return Batch(**views, query_lens_host=query_lens, seq_lens_host=seq_lens, lora=lora)
+    def _batch(
+        self, views: dict[str, torch.Tensor], query_lens: list[int], seq_lens: list[int], lora: LoraRows | None, *, one_each: bool = False
+    ) -> Batch:
+        if self._upload is not None:
+            return self._upload.send(views, query_lens, seq_lens, lora, one_each=one_each)
+        return Batch(**views, query_lens_host=query_lens, seq_lens_host=seq_lens, lora=lora, padded=None)
 
     def _fill_few(self, host: _Buffers, tokens: list[int], rows: Sequence[BatchRow], starts: list[int]) -> int:
         """`_fill_one_each` for a few: less work than operations on arrays are, however short."""

@@ -32,11 +32,11 @@ class LoraBuffers:
     tiles: torch.Tensor
 
     @staticmethod
-    def empty(max_rows: int, adapters: int, pin: bool) -> LoraBuffers:
-        rows = torch.zeros(max_rows, dtype=torch.int32, pin_memory=pin)
-        return LoraBuffers(rows, torch.zeros(most_tiles(max_rows, adapters), 3, dtype=torch.int32, pin_memory=pin))
+    def empty(max_rows: int, adapters: int) -> LoraBuffers:
+        tiles = torch.zeros(most_tiles(max_rows, adapters), 3, dtype=torch.int32)
+        return LoraBuffers(torch.zeros(max_rows, dtype=torch.int32), tiles)
 
-    def fill(self, adapters: Sequence[int], counts: Sequence[int], device: torch.device) -> LoraRows:
+    def fill(self, adapters: Sequence[int], counts: Sequence[int]) -> LoraRows:
         """`adapters[i]` is that of `counts[i]` rows, one after the other; 0 is none. At least one has one."""
         numbers = np.array(adapters).repeat(counts)
         order = np.argsort(numbers, kind="stable")
@@ -50,7 +50,4 @@ class LoraBuffers:
             (adapter, first + begin, min(tile_rows, size - begin)) for adapter, first, size in groups for begin in range(0, size, tile_rows)
         ]
         self.tiles.numpy()[: len(tiles)] = tiles
-        rows, cut = self.rows[: len(order)], self.tiles[: len(tiles)]
-        if device.type != "cpu":
-            rows, cut = rows.to(device, non_blocking=True), cut.to(device, non_blocking=True)
-        return LoraRows(rows, cut, groups, tile_rows)
+        return LoraRows(self.rows[: len(order)], self.tiles[: len(tiles)], groups, tile_rows)

@@ -13,6 +13,7 @@ from minfer.kvcache import KVCache
 from minfer.models import Model
 from minfer.runner.batch_builder import BatchBuilder, BatchRow, RowSpan
 from minfer.runner.graphs import Graph
+from minfer.runner.upload import Copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +27,10 @@ class Newest:
     at: list[int] | None = None
     rows: list[int] | None = None
 
-    def put(self, token_ids: torch.Tensor) -> None:
+    def put(self, token_ids: torch.Tensor, copy: Copy) -> None:
         """Into a batch's [T]."""
         if self.at is None:
-            token_ids.copy_(self.tokens)
+            copy(token_ids, self.tokens)
         elif self.at:
             at, rows = torch.tensor([self.at, self.rows]).to(token_ids.device, non_blocking=True)
             token_ids[at] = self.tokens[rows].to(token_ids.dtype)
@@ -68,7 +69,7 @@ class ModelRunner:
 
     def _run(self, batch: Batch, newest: Newest | None, started: float) -> torch.Tensor:
         if newest is not None:
-            newest.put(batch.token_ids)
+            newest.put(batch.token_ids, self.builder.copy)
         self.build_seconds += time.perf_counter() - started
         outputs = self.graph.replay(batch) if self.graph is not None else self.model.forward_states(batch, self.cache, self.after)
         hidden, self.states = outputs[0], outputs[1:]  # [T, H] each

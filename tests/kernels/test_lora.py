@@ -77,8 +77,9 @@ class Case:
 
 
 def tiled(counts: Sequence[tuple[int, int]], adapters: int, device: torch.device) -> LoraRows:
-    rows = LoraBuffers.empty(sum(count for _, count in counts), adapters, pin=False)
-    return rows.fill([adapter for adapter, _ in counts], [count for _, count in counts], device)
+    buffers = LoraBuffers.empty(sum(count for _, count in counts), adapters)
+    rows = buffers.fill([adapter for adapter, _ in counts], [count for _, count in counts])
+    return dataclasses.replace(rows, rows=rows.rows.to(device), tiles=rows.tiles.to(device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -16,7 +16,6 @@ from minfer.errors import ConfigError
 from minfer.kernels.cpu.library import ISAS, find, load
 from minfer.kernels.reference import ReferenceBackend
 from minfer.kvcache import LayerCache
-from minfer.runner.decode_graphs import DecodeGraphs
 
 BLOCKS, SIZE = 64, 16
 # (new tokens, tokens in all, how many of the last ones lie elsewhere), around the edges of tiles and blocks.
@@ -86,18 +85,3 @@ def test_the_triton_attention_refuses_what_it_does_not_know() -> None:
     q, cache, batch = contiguous(2, 1, 16, torch.float32)
     with pytest.raises(ConfigError, match="branch"):
         attention(q, *scattered(cache, batch), 0.25, processors=1)
-
-
-def test_a_captured_decode_step_is_not_replayed_for_branches() -> None:
-    seen: list[Batch] = []
-
-    def step(batch: Batch) -> list[torch.Tensor]:
-        seen.append(batch)
-        return [torch.zeros(batch.num_tokens, 1)]
-
-    graphs = DecodeGraphs(step, torch.device("cpu"), 4, 64, SIZE, record=lambda run: (run(), run)[1])
-    batch = make_batch([(1, 5), (1, 6)], SIZE, BLOCKS)
-    batch.tails = torch.tensor([[Batch.NO_TAIL, 0], [5, 3]])
-    graphs.replay(batch)
-    assert seen == [batch]
-    assert graphs.replays == 0

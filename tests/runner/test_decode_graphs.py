@@ -6,11 +6,10 @@ On a CPU the kernels run under Triton's interpreter and a capture is faked: it k
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import pytest
 import torch
-from kernels.batches import make_batch
-from kernels.devices import DEVICE, moved
+from kernels.devices import DEVICE
 
 from minfer.batch import Batch
 from minfer.config import ModelConfig
@@ -18,7 +17,9 @@ from minfer.kernels import select_ops
 from minfer.kvcache import KVCache
 from minfer.layers.loading import load_weights
 from minfer.models import Model, create_model
+from minfer.runner import BatchBuilder, RowSpan
 from minfer.runner.decode_graphs import DecodeGraphs, Run, cuda_recorder
+from minfer.runner.upload import buckets, copy_later
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM", vocab_size=96, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2,
@@ -34,13 +35,25 @@ def make_model() -> Model:
     return model
 
 
-def batch_of(lengths: list[tuple[int, int]]) -> Batch:
-    batch = make_batch(lengths, 16, 40)
-    batch.block_tables = torch.stack([torch.arange(batch.block_tables.shape[1]).int() + 6 * row for row in range(len(lengths))])
-    rows = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor([new for new, _ in lengths]))
-    batch.slots = batch.block_tables[rows, (batch.positions // 16).long()].long() * 16 + batch.positions % 16
-    batch.token_ids = (batch.positions * 7 + rows.int() * 13) % CONFIG.vocab_size
-    return moved(batch)
+@dataclass
+class Row:
+    token_ids: list[int]
+    blocks: list[int]
+
+
+def make_builder(most: int) -> BatchBuilder:
+    return BatchBuilder(64, most, 128, 16, DEVICE, buckets=buckets(most), copy=copy_later)
+
+
+def batch_of(builder: BatchBuilder, lengths: list[tuple[int, int]]) -> Batch:
+    """Of each row its last `new` of `total` tokens."""
+    rows = [
+        Row([(position * 7 + row * 13) % CONFIG.vocab_size for position in range(total)], [6 * row + n for n in range(-(-total // 16))])
+        for row, (_, total) in enumerate(lengths)
+    ]
+    if all(new == 1 for new, _ in lengths):
+        return builder.build_one_each(rows, [total - 1 for _, total in lengths])
+    return builder.build([RowSpan(row, total - new, new, new) for row, (new, total) in zip(rows, lengths, strict=True)])
 
 
 class FakeRecorder:
@@ -80,9 +93,10 @@ STEPS = (
 def test_replay_equals_eager_and_padding_touches_nothing() -> None:
     model, cache, expected_cache = make_model(), filled(), filled()
     record = FakeRecorder() if DEVICE.type == "cpu" else cuda_recorder()
-    graphs = DecodeGraphs(lambda batch: model.forward_states(batch, cache, (0,)), DEVICE, 5, 128, 16, record)
+    graphs = DecodeGraphs(lambda batch: model.forward_states(batch, cache, (0,)), record)
+    builder = make_builder(5)
     for lengths in STEPS:
-        batch = batch_of(lengths)
+        batch = batch_of(builder, lengths)
         got, expected = graphs.replay(batch), model.forward_states(batch, expected_cache, (0,))
         torch.testing.assert_close(got, list(expected), rtol=1e-5, atol=1e-5)
         for ours, theirs in zip(cache.layers, expected_cache.layers, strict=True):
@@ -92,28 +106,3 @@ def test_replay_equals_eager_and_padding_touches_nothing() -> None:
     assert graphs.replays == 4
     if isinstance(record, FakeRecorder):
         assert (record.records, record.runs) == (3, 4)
-
-
-def test_what_stood_in_the_padding_before_is_gone() -> None:
-    """A step of four, then one of three in the same bucket: the fourth row must neither write nor read again."""
-    seen: list[Batch] = []
-
-    def step(batch: Batch) -> list[torch.Tensor]:
-        seen.append(batch)
-        return [batch.slots[:, None].float()]
-
-    graphs = DecodeGraphs(step, DEVICE, 8, 128, 16, FakeRecorder())
-    graphs.replay(batch_of([(1, 20), (1, 30), (1, 40), (1, 50)]))
-    (out,) = graphs.replay(batch_of([(1, 21), (1, 31), (1, 41)]))
-    static = seen[-1]
-    assert out.shape[0] == 3
-    assert static.slots[3].item() == -1
-    assert static.seq_lens.tolist() == [21, 31, 41, 0]
-    assert static.query_start.tolist() == [0, 1, 2, 3, 3]
-    assert static.query_lens_host == [1] * 4 and static.seq_lens_host == [128] * 4
-
-
-@pytest.mark.parametrize(("largest", "expected"), [(1, [1]), (6, [1, 2, 4, 6]), (20, [1, 2, 4, 8, 16, 20])])
-def test_buckets(largest: int, expected: list[int]) -> None:
-    graphs = DecodeGraphs(lambda batch: [batch.slots], DEVICE, largest, 16, 16, FakeRecorder())
-    assert graphs.buckets == expected
