@@ -34,6 +34,9 @@ def train_draft(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of answers to train on.", min=1000)] = 100_000,
     max_answer: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=8)] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the answers; the one that the head will be used at. (default: 0 and 0.8 in turn)", min=0.0)
+    ] = None,
     depth: Annotated[int, typer.Option(help="Tokens guessed ahead.", min=1, max=16)] = 3,
     draft_vocab: Annotated[int, typer.Option(help="Ids that the head can guess: the commonest of the answers.", min=16)] = 4096,
     epochs: Annotated[int, typer.Option(help="Passes over the answers.", min=1)] = 5,
@@ -50,7 +53,7 @@ def train_draft(
     known: Any = kind
     folder = out / "training"
     started = time.monotonic()
-    target, after = _collected(terminal, model, data, folder, tokens, max_answer, seed, threads)
+    target, after = _collected(terminal, model, data, folder, tokens, max_answer, temperature, seed, threads)
     recipe = Recipe(
         kind=known, depth=depth, vocabulary=draft_vocab, epochs=epochs, batch=batch, max_len=max_answer + 128,
         learning_rate=learning_rate, seed=seed,
@@ -61,7 +64,15 @@ def train_draft(
 
 
 def _collected(
-    terminal: Terminal, model: str, data: Path | None, folder: Path, tokens: int, max_answer: int, seed: int, threads: int | None
+    terminal: Terminal,
+    model: str,
+    data: Path | None,
+    folder: Path,
+    tokens: int,
+    max_answer: int,
+    temperature: float | None,
+    seed: int,
+    threads: int | None,
 ) -> tuple[Any, list[int]]:
     """The target's parts and the layers whose states a head reads, once there are enough answers on disk."""
     import torch
@@ -70,7 +81,7 @@ def _collected(
     from minfer.kernels.cpu.threads import available_cores
     from minfer.loader import open_checkpoint, resolve_model
     from minfer.runner import load_model
-    from minfer.training import Target, collect
+    from minfer.training import TEMPERATURES, Target, collect
 
     checkpoint = open_checkpoint(resolve_model(model))
     layers = checkpoint.config.num_layers
@@ -82,7 +93,8 @@ def _collected(
     prompts = _prompts(terminal, options, data, folder, tokens // TYPICAL_ANSWER + 64, length - max_answer, seed)
     loaded = load_model(EngineConfig(**options))
     started, first = time.monotonic(), -1
-    for total in collect(loaded, prompts, after, folder, tokens, max_answer):
+    temperatures = TEMPERATURES if temperature is None else (temperature,)
+    for total in collect(loaded, prompts, after, folder, tokens, max_answer, temperatures):
         first = total if first < 0 else first
         rate = (total - first) / (time.monotonic() - started)
         left = f", {_minutes((tokens - total) / rate)} left" if rate > 0 and total < tokens else ""

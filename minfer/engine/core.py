@@ -157,8 +157,8 @@ class EngineCore:
         sampled = step.drawn.wait()
         known = time.perf_counter()
         times.wait = known - launched
-        if self.speculation is not None and (step.plan.one_each or all(item.decodes for item in step.plan.scheduled)):
-            self.speculation.costs.observe(step.plan.num_tokens, times.build + times.forward + times.sample + times.wait)
+        if self.speculation is not None:
+            self.speculation.ran(step.plan.scheduled, times.build + times.forward + times.sample + times.wait)
         done = self._remember(step, sampled)
         settled = self.forced.draft(step.plan.scheduled) if self.forced is not None and step.looks_back else ()  # as grammars do
         if self.speculation is not None:
@@ -353,8 +353,9 @@ def _proposer(loaded: LoadedModel, scheduler: Scheduler, processors: Sequence[Lo
     if config.draft_top_k > 1:
         _check_branching(loaded, draft)
     if isinstance(draft, DraftHead):
-        limits = (config.max_num_batched_tokens, config.draft_top_k)
-        return head_proposer(draft, loaded.model, _builder(loaded), sampler, scheduler.reserve, *limits)
+        limits = (config.max_num_batched_tokens, config.max_num_seqs, config.draft_top_k)
+        record = loaded.ops if config.graphs else None
+        return head_proposer(draft, loaded.model, _builder(loaded), sampler, scheduler.reserve, *limits, record)
     graph = _graph(loaded, draft.model, draft.cache)
     runner = ModelRunner(draft.model, draft.cache, _builder(loaded), graph)
     return DraftModelProposer(runner, sampler, scheduler.reserve, config.max_num_batched_tokens)

@@ -6,7 +6,8 @@
 The state is the target's where it has been computed, and the head's own last output behind that. What EAGLE-1 calls the state is
 what the target's head sees (after the last norm); EAGLE-3's are streams between layers. (Li et al., arXiv 2401.15077, 2503.01840.)
 
-A layer of this size is a tenth of a millisecond, so it runs as it is written, unrecorded: concatenations are no ops of the table.
+`inputs` makes of a pair what the layer reads, by concatenations, which are no ops of the table; `forward` is the layer, which EAGLE-3's
+computes through ops alone and so can be recorded.
 """
 
 from __future__ import annotations
@@ -58,11 +59,15 @@ class EagleHead(nn.Module):
         """The target's states of some tokens, side by side, [T, F * H] -> what the layer takes for them, [T, H]."""
         return states
 
-    def forward(self, batch: Batch, cache: KVCache, embeddings: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """embeddings[T, H] of the next tokens, state[T, H] -> what to guess from, and the state that stands for it later, [T, H] each."""
+    def inputs(self, embeddings: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the layer reads of the next tokens' embeddings[T, H] and the state[T, H] before them."""
         if self.inputs_normed:
             embeddings, state = self.embedding_layernorm(embeddings, None)[0], self.hidden_states_layernorm(state, None)[0]
-        x = self.midlayer(self.fc(torch.cat((embeddings, state), -1)), batch, cache.layers[0])
+        return (torch.cat((embeddings, state), -1),)
+
+    def forward(self, batch: Batch, cache: KVCache, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What to guess from, and the state that stands for it later, [T, H] each."""
+        x = self.midlayer(self.fc(both), batch, cache.layers[0])
         return x, x
 
 
@@ -89,15 +94,26 @@ class Eagle3Head(nn.Module):
             self.embed_tokens = Embedding(ops, config.vocab_size, h, device=device)
         self.fc = Linear(ops, 3 * target_hidden_size, h, bias=fc_bias, device=device)
         rope = rope_table(config.rope, config.head_dim, max_len, device)
-        self.midlayer = _FusingLayer(config, ops, rope, norm_before_residual, device)
+        self.norm_before_residual = norm_before_residual
+        self.midlayer = _FusingLayer(config, ops, rope, device)
         self.norm = RMSNorm(ops, h, config.rms_norm_eps, device=device)
         self.lm_head = OutputHead(ops, vocab_size, h, device=device, tied_to=None)
 
     def states(self, states: torch.Tensor) -> torch.Tensor:
         return self.fc(states)  # type: ignore[no-any-return]
 
-    def forward(self, batch: Batch, cache: KVCache, embeddings: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x, residual = self.midlayer(embeddings, state, batch, cache.layers[0])
+    @property
+    def input_widths(self) -> tuple[int, int]:
+        """Of `inputs`."""
+        return 2 * self.config.hidden_size, self.config.hidden_size
+
+    def inputs(self, embeddings: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        normed, _ = self.midlayer.hidden_norm(state, None)
+        both = torch.cat((self.midlayer.input_layernorm(embeddings, None)[0], normed), -1)
+        return both, normed if self.norm_before_residual else state
+
+    def forward(self, batch: Batch, cache: KVCache, both: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, residual = self.midlayer(both, residual, batch, cache.layers[0])
         return self.norm(x, residual)  # type: ignore[no-any-return]
 
 
@@ -118,19 +134,15 @@ class _PlainLayer(nn.Module):
 class _FusingLayer(nn.Module):
     """A Llama layer whose attention reads two hidden sizes: what comes next, and what the target thought before."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, rope: torch.Tensor, norm_before_residual: bool, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops, rope: torch.Tensor, device: torch.device) -> None:
         super().__init__()
         h = config.hidden_size
-        self.norm_before_residual = norm_before_residual
         self.input_layernorm = RMSNorm(ops, h, config.rms_norm_eps, device=device)
         self.hidden_norm = RMSNorm(ops, h, config.rms_norm_eps, device=device)
         self.self_attn = Attention(ops, config, 0, rope, device=device, inputs=2 * h)
         self.post_attention_layernorm = RMSNorm(ops, h, config.rms_norm_eps, device=device)
         self.mlp = GatedMLP(ops, config, device=device)
 
-    def forward(self, embeddings: torch.Tensor, state: torch.Tensor, batch: Batch, cache: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:
-        normed, _ = self.hidden_norm(state, None)
-        x = torch.cat((self.input_layernorm(embeddings, None)[0], normed), -1)
-        x = self.self_attn(x, batch, cache)
-        x, residual = self.post_attention_layernorm(x, normed if self.norm_before_residual else state)
+    def forward(self, both: torch.Tensor, residual: torch.Tensor, batch: Batch, cache: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:
+        x, residual = self.post_attention_layernorm(self.self_attn(both, batch, cache), residual)
         return self.mlp(x, batch.lora), residual

@@ -8,9 +8,10 @@ and drew token n, pairs up to n - 1 are known:
     drafts                   n  n+1 ...        pairs of a draft and the head's own output, overwritten by true ones later
 
 Pairs wait until they are needed, so that one pass brings them in and makes the first draft, and a request that isn't drafted for
-costs no more than a copy of its states. Only prompts are followed at once, because others may find their blocks in the prefix cache.
-The last slot of a cached block knows the token after the block of whoever wrote it last: one entry of many, and the target checks
-every draft.
+costs no more than a copy of its states. Only the newest `LONGEST_WAIT` do: where drafts haven't paid for so long, bringing in all that was
+said would cost steps a share of their time for nothing, so the older pairs' slots keep what they held. Prompts are followed at once,
+because others may find their blocks in the prefix cache. The last slot of a cached block knows the token after the block of whoever wrote
+it last. Such entries are a few of many, and the target checks every draft.
 
 With `top_k` above 1 drafts branch: beside what it draws at a place, the head's next likeliest tokens there. It follows the drawn one
 only, so a branch is one token long; for longer ones the head would have to run over branches too.
@@ -18,23 +19,22 @@ only, so a branch is one token long; for longer ones the head would have to run 
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from minfer.kvcache import KVCache
-from minfer.models.eagle import Eagle3Head, EagleHead
-from minfer.runner import BatchBuilder, RowSpan
+from minfer.runner import HeadRunner, RowSpan
 from minfer.sampling import Sampler, SamplingRow
 from minfer.scheduler import Request, ScheduledRequest
 from minfer.speculative.draft_model import Reserve
 from minfer.speculative.tree import DraftTree, Opinion, Sketch
 from minfer.speculative.verify import DraftRow
 
-LONGEST_WAIT = 256  # pairs that may wait for a request's next draft, while drafting doesn't pay: one pass over many costs a fraction each
+LONGEST_WAIT = 64  # pairs of a request that wait for its next draft; a pass over so many costs little more than one over a few
 
-Embed = Callable[[torch.Tensor], torch.Tensor]  # ids[T] -> [T, H]
 Logits = Callable[[torch.Tensor], torch.Tensor]  # [S, H] -> [S, Vd] float32 over the head's ids
 Widen = Callable[[torch.Tensor], torch.Tensor]  # [S, Vd] -> [S, V] over the target's
 
@@ -46,12 +46,15 @@ class _Waiting:
     """
 
     start: int
-    steps: list[tuple[torch.Tensor, Sequence[int]]] = field(default_factory=list)
+    steps: deque[tuple[torch.Tensor, Sequence[int]]] = field(default_factory=deque)
     count: int = 0
 
     def add(self, states: torch.Tensor, rows: Sequence[int]) -> None:
         self.steps.append((states, rows))
         self.count += len(rows)
+        while self.count - len(self.steps[0][1]) >= LONGEST_WAIT:
+            forgotten = len(self.steps.popleft()[1])
+            self.start, self.count = self.start + forgotten, self.count - forgotten
 
     def states(self) -> list[torch.Tensor]:
         return [states[rows.start : rows.stop] if isinstance(rows, range) else states[rows] for states, rows in self.steps]
@@ -67,17 +70,14 @@ class _Blocks:
 
 
 class EagleProposer:
-    """`embed` and `logits` are the head's own, or the target's where it has none. `max_tokens`: the most pairs in one pass.
+    """`logits` is the head's own output, or the target's where it has none. `max_tokens`: the most pairs in one pass.
 
     `token_ids` are those that the logits speak of, None for all.
     """
 
     def __init__(
         self,
-        head: EagleHead | Eagle3Head,
-        cache: KVCache,
-        builder: BatchBuilder,
-        embed: Embed,
+        runner: HeadRunner,
         logits: Logits,
         widen: Widen,
         token_ids: torch.Tensor | None,
@@ -88,13 +88,13 @@ class EagleProposer:
         after: Sequence[int],
     ) -> None:
         self.after = after
-        self._head, self._cache, self._builder = head, cache, builder
-        self._embed, self._logits, self._widen, self._token_ids = embed, logits, widen, token_ids
+        self._runner = runner
+        self._logits, self._widen, self._token_ids = logits, widen, token_ids
         self._sampler, self._reserve, self._max_tokens, self._top_k = sampler, reserve, max_tokens, top_k
         self._waiting: dict[Request, _Waiting] = {}
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        self._cache.copy_blocks(copies)
+        self._runner.cache.copy_blocks(copies)
 
     def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[torch.Tensor], rows: Sequence[Sequence[int]]) -> None:
         known, self._waiting = self._waiting, {}
@@ -105,12 +105,9 @@ class EagleProposer:
                 waiting = _Waiting(item.start)  # new here, or back after a preemption; a cached prefix brought its KV along
             waiting.add(side_by_side, own)
             self._waiting[item.request] = waiting
-        due = [item.request for item in scheduled if self._must_not_wait(item)]
-        if due:
-            self._bring_in(due)
-
-    def _must_not_wait(self, item: ScheduledRequest) -> bool:
-        return item.start < item.request.num_prompt_tokens or self._waiting[item.request].count > LONGEST_WAIT
+        prompts = [item.request for item in scheduled if item.start < item.request.num_prompt_tokens]
+        if prompts:
+            self._bring_in(prompts)
 
     @torch.inference_mode()
     def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int] | DraftTree]:
@@ -123,7 +120,7 @@ class EagleProposer:
             self._bring_in([requests[index] for index in going])
         spans, state = self._begin([requests[index] for index in going])
         while going:
-            guesses, state = self._run(spans, state)
+            guesses, state = self._runner.run(spans, state)
             self._guess(guesses, [requests[index] for index in going], [sketches[index] for index in going])
             staying = [row for row, index in enumerate(going) if sketches[index].wants_more]
             state = state if len(staying) == len(going) else state[staying]
@@ -138,7 +135,7 @@ class EagleProposer:
         if not requests:
             return [], torch.empty(0)
         spans = [_span(request, self._waiting[request]) for request in requests]
-        state = self._head.states(torch.cat([step for request in requests for step in self._waiting[request].states()]))
+        state = self._runner.states(torch.cat([step for request in requests for step in self._waiting[request].states()]))
         for request in requests:
             self._waiting[request] = _Waiting(request.num_computed_tokens)
         return spans, state
@@ -146,6 +143,9 @@ class EagleProposer:
     def _guess(self, guesses: torch.Tensor, requests: Sequence[Request], sketches: Sequence[Sketch]) -> None:
         """Draws each request's next draft from what the head says, [R, H]."""
         logits = self._logits(guesses)
+        if self._top_k == 1 and all(request.params.plain and request.params.grammar is None for request in requests):
+            self._take_the_best(logits, sketches)
+            return
         opinion = Opinion(logits, self._token_ids, self._top_k)
         rows: list[SamplingRow] = [DraftRow(request, sketch.drawn) for request, sketch in zip(requests, sketches, strict=True)]
         sampled = self._sampler.sample(self._widen(logits), rows)
@@ -155,13 +155,16 @@ class EagleProposer:
             else:
                 sketch.add(opinion.guesses(row, token, rows[row]))
 
-    def _run(self, spans: Sequence[RowSpan], state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What to guess from, and the state that stands for it, at each span's last pair: [R, H] each."""
-        batch = self._builder.build(spans)
-        guesses, state = self._head(batch, self._cache, self._embed(batch.token_ids), state)
-        if batch.logits_at.shape[0] == guesses.shape[0]:
-            return guesses, state
-        return guesses.index_select(0, batch.logits_at), state.index_select(0, batch.logits_at)
+    def _take_the_best(self, logits: torch.Tensor, sketches: Sequence[Sketch]) -> None:
+        """What the sampler would draw, without laying the logits out over all ids; a processor of the caller's is left to the check."""
+        best, at = logits.max(-1)
+        chances = (best - logits.logsumexp(-1)).exp_().tolist()
+        tokens = (at if self._token_ids is None else self._token_ids[at]).tolist()
+        for sketch, token, chance in zip(sketches, tokens, chances, strict=True):
+            if math.isnan(chance):
+                sketch.close()
+            else:
+                sketch.add([(token, chance)])
 
     @torch.inference_mode()
     def _bring_in(self, requests: Sequence[Request]) -> None:
@@ -180,13 +183,13 @@ class EagleProposer:
                 states.append(rows[at : at + count])
                 at, size = at + count, size + count
                 if size == self._max_tokens:
-                    self._run(spans, self._head.states(torch.cat(states)))
+                    self._runner.run(spans, self._runner.states(torch.cat(states)))
                     spans, states, size = [], [], 0
             if last > 0:
                 self._waiting[request] = left = _Waiting(waiting.start + last)
                 left.add(rows[last:].clone(), range(1))
         if spans:
-            self._run(spans, self._head.states(torch.cat(states)))
+            self._runner.run(spans, self._runner.states(torch.cat(states)))
 
 
 def _tokens(request: Request, waiting: _Waiting) -> list[int]:

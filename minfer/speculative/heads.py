@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import torch
 
+from minfer.kernels import Ops
 from minfer.models import Model
 from minfer.models.eagle import Eagle3Head, EagleHead
 from minfer.models.medusa import MedusaHeads
-from minfer.runner import BatchBuilder, DraftHead
+from minfer.runner import BatchBuilder, DraftHead, HeadRunner
 from minfer.sampling import Sampler
 from minfer.speculative.draft_model import Reserve
 from minfer.speculative.eagle import EagleProposer
@@ -18,9 +19,19 @@ from minfer.speculative.final_state import MedusaProposer, ReDrafterProposer
 
 
 def head_proposer(
-    head: DraftHead, target: Model, builder: BatchBuilder, sampler: Sampler, reserve: Reserve, max_tokens: int, top_k: int
+    head: DraftHead,
+    target: Model,
+    builder: BatchBuilder,
+    sampler: Sampler,
+    reserve: Reserve,
+    max_tokens: int,
+    max_requests: int,
+    top_k: int,
+    record: Ops | None = None,
 ) -> EagleProposer | MedusaProposer | ReDrafterProposer:
-    """`max_tokens`: the most that `builder` takes in one batch. `top_k`: how many tokens are tried at one place."""
+    """`max_tokens`, `max_requests`: the most that `builder` takes in one batch. `top_k`: how many tokens are tried at one place. `record`:
+    the op table, where passes of a head may be recorded.
+    """
     module, ids, widen = head.module, head.token_ids, widening(head.token_ids, sampler.vocab_size)
     if isinstance(module, MedusaHeads):
         return MedusaProposer(module, sampler, widen, ids, top_k)
@@ -33,7 +44,8 @@ def head_proposer(
         return target.compute_logits(x) if output is None else output(x)
 
     embed = getattr(module, "embed_tokens", target.model.embed_tokens)
-    return EagleProposer(module, head.cache, builder, embed, logits, widen, ids, sampler, reserve, max_tokens, top_k, head.after)
+    runner = HeadRunner(module, head.cache, builder, embed, max_tokens, max_requests, record)
+    return EagleProposer(runner, logits, widen, ids, sampler, reserve, max_tokens, top_k, head.after)
 
 
 def widening(token_ids: torch.Tensor | None, vocab_size: int) -> Callable[[torch.Tensor], torch.Tensor]:

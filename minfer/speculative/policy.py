@@ -1,21 +1,24 @@
 """How many drafts pay: what steps and drafts cost, measured as the engine runs, how often drafts are right, and an account of both.
 
-A step over T tokens takes about a + b T seconds: `a` reads the weights, `b` is one token's arithmetic and KV. Making n drafts takes
-f + c n: nothing for prompt lookup, for a head a pass over what the model has said meanwhile (f) and one for each further draft (c).
-With R sequences a token costs w = (a + b R) / R without drafts, which is what a right draft saves. So one at depth i, right with
-probability p^i, is worth making while
+A step of R sequences takes plain(R) without drafts. With n of them it takes e + b n longer (more rows of everything, and kernels that
+are another way of computing once there are several), and making n drafts takes f + c n: nothing for prompt lookup, for a head a pass
+over what the model has said meanwhile (f) and one for each further draft (c). Without drafts a token costs w = plain(R) / R, which is
+what a right draft saves. So one at depth i, right with probability p^i, is worth making while
 
-    p^i w > b + c        and all of a step's together while        their right ones' w  >  (b + c) n + f
+    p^i w > b + c        and all of a step's together while        their right ones' w  >  (b + c) n + e + f
 
 On a device that waits for memory b is near 0 at batch 1, and w goes to b as the batch fills the arithmetic: the same rule makes
-drafts long, short, or switches them off, per request and per step, with no threshold to set.
+drafts long, short, or switches them off, per request and per step, with no threshold to set. Prices are kept by size of the batch, in
+powers of two: what is known of one sequence says little about thirty. Of a size that is new, a draft is thought to cost what a token
+costs, and a step never has more than twice the drafts that were tried at its size before.
 
-Estimates err, so there is an `Account` beside them: drafts are paid from it at the measured prices, right ones pay into it, and each step
-adds a small share of its own time. What is drafted for knowledge only, where drafts don't seem to pay, is paid from that share too. So
-whatever the estimates say, speculation can't lose more than the share and what the account held at first.
+Estimates err, so there is an `Account` beside them: it pays what a step with drafts took longer than those without them take, and what
+making them took, both as measured; right drafts pay into it, and each step adds a small share of its own time. What is drafted for
+knowledge only, where drafts don't seem to pay, is paid from that share too. So whatever the estimates say, speculation can't lose more
+than the share and what the account held at first.
 
-`a`, `b`, `f` and `c` are lines through what was seen, old observations forgotten. Prompt chunks are left out of them: their attention
-grows with themselves. A step without drafts now and then keeps the lines from being drawn through one point.
+Lines are drawn through what was seen, old observations forgotten. Prompt chunks are left out of them: their attention grows with
+themselves. A step without drafts now and then keeps plain(R) true.
 """
 
 from __future__ import annotations
@@ -26,11 +29,12 @@ from dataclasses import dataclass
 
 FORGET = 0.97  # weight of an observation after the next one
 OUTLIER = 3.0  # times what was expected: more is the machine's doing, and counts as this much
+DEAREST = 2.0  # tokens' worth that a draft's check may count for: one step that the machine held up mustn't end drafting for long
 PRIOR, PRIOR_WEIGHT = 0.6, 2.0  # acceptance before anything is known, and how many drafts a new request's first guess is worth
 REMEMBER, REMEMBER_ALL = 0.85, 0.98  # weight of a verified draft after the next one, of one request and of all
 MARGIN = 1.15  # what a draft must promise over its cost: estimates err, and plain decoding doesn't
-SHARE = 0.02  # of a step's time, spent on finding out whether drafts pay
-HELD = 2.0  # plain steps' worth that the account holds at first, and at most
+SHARE = 0.01  # of a step's time, spent on finding out whether drafts pay
+HELD = 1.25  # plain steps' worth that the account holds at first, and at most
 PLAIN_EVERY = 32  # steps, of which one has no drafts, to compare with
 
 
@@ -41,10 +45,11 @@ class Line:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
         self.slope: float | None = None  # unknown while one count only was seen; after that the last one known
 
-    def observe(self, count: int, seconds: float) -> float:
-        """Returns the seconds that count."""
-        if self.slope is not None and self.at(count) > 0:
-            seconds = min(seconds, OUTLIER * self.at(count))
+    def __bool__(self) -> bool:
+        """Whether anything was seen."""
+        return self._weight > 0
+
+    def observe(self, count: int, seconds: float) -> None:
         self._weight = self._weight * FORGET + 1
         self._x = self._x * FORGET + count
         self._y = self._y * FORGET + seconds
@@ -54,7 +59,6 @@ class Line:
         variance = self._xx / self._weight - mean**2
         if variance > 0.01:
             self.slope = (self._xy / self._weight - mean * self._y / self._weight) / variance
-        return seconds
 
     def at(self, count: float) -> float:
         """Seconds for so many; the mean of what was seen while the slope is unknown, and 0 before anything was."""
@@ -62,53 +66,76 @@ class Line:
             return 0.0
         return self._y / self._weight + (self.slope or 0.0) * (count - self._x / self._weight)
 
-
-class CostModel:
-    """The lines of steps over tokens, and of making drafts over their number."""
-
-    def __init__(self) -> None:
-        self.steps, self.making = Line(), Line()
-        self._in_vain = 0.0
-        self._warm = False
-
-    def observe(self, num_tokens: int, seconds: float) -> None:
-        """A step of nothing but newest tokens and drafts took so long."""
-        self.steps.observe(num_tokens, seconds)
-
-    def made(self, num_drafts: int, seconds: float) -> float:
-        """Making so many drafts took so long; returns what they cost. What led to none is part of the price of the next.
-
-        The first drafts of an engine say nothing: memory is touched for the first time, and libraries are loaded.
-        """
-        if not self._warm:
-            self._warm = num_drafts > 0
-            return 0.0
-        if not num_drafts:
-            self._in_vain += seconds
-            return 0.0
-        seconds = self.making.observe(num_drafts, seconds + self._in_vain)
-        self._in_vain = 0.0
-        return seconds
-
     @property
-    def check(self) -> float:
-        """b: seconds to check a draft."""
-        return max(0.0, self.steps.slope or 0.0)
-
-    @property
-    def each(self) -> float:
-        """b + c: seconds to make one more draft and check it. Where the drafts' number never varied, f counts as part of it."""
-        making = self.making
-        return self.check + max(0.0, making.slope if making.slope is not None else making.at(1))
+    def more(self) -> float:
+        """Seconds for one more, never below 0. Where the count never varied, all of it is thought to be the counts' doing."""
+        if self.slope is not None:
+            return max(0.0, self.slope)
+        return max(0.0, self._y / self._x) if self._x else 0.0
 
     @property
     def fixed(self) -> float:
-        """f: seconds to draft at all."""
-        return max(0.0, self.making.at(0)) if self.making.slope is not None else 0.0
+        """Seconds for any at all, never below 0."""
+        return max(0.0, self.at(0)) if self.slope is not None else 0.0
+
+
+class CostModel:
+    """Of steps of about one size: seconds without drafts by number of sequences; how much longer drafts make them, and making those takes,
+    by number of drafts.
+    """
+
+    def __init__(self) -> None:
+        self.without, self.checking, self.making = Line(), Line(), Line()
+        self.most = 0  # drafts that were checked in one step
+        self._in_vain = 0.0
+        self._warm = False
+
+    def ran(self, num_sequences: int, num_drafts: int, seconds: float) -> float:
+        """A step of nothing but newest tokens and drafts took so long. Returns what its drafts cost, which noise may turn below nothing."""
+        if not num_drafts:
+            if self._warm:  # the first step of a size touches memory for the first time
+                self.without.observe(num_sequences, _held_up(seconds, self.without.at(num_sequences)))
+            self._warm = True
+            return 0.0
+        plain = self.plain(num_sequences)
+        if not plain:  # a step of another size than it was drafted for: there is nothing to compare with
+            return 0.0
+        longer = min(seconds - plain, DEAREST * num_drafts * plain / num_sequences)
+        self.checking.observe(num_drafts, longer)
+        self.most = max(self.most, num_drafts)
+        return longer
+
+    def made(self, num_drafts: int, seconds: float) -> float:
+        """Making so many drafts took so long; returns what they cost. What led to none is part of the price of the next."""
+        if not num_drafts:
+            self._in_vain += seconds
+            return 0.0
+        seconds = _held_up(seconds + self._in_vain, self.making.at(num_drafts) + self._in_vain)
+        self._in_vain = 0.0
+        self.making.observe(num_drafts, seconds)
+        return seconds
 
     def plain(self, num_sequences: int) -> float:
-        """a + b R: seconds of a step without drafts; 0 before any was seen."""
-        return max(0.0, self.steps.at(num_sequences))
+        """Seconds of a step without drafts; 0 before any was seen."""
+        return max(0.0, self.without.at(num_sequences))
+
+    def check(self, worth: float) -> float:
+        """b: seconds to check one more draft; `worth`, what a token costs, before any was checked."""
+        return self.checking.more if self.checking else worth
+
+    def each(self, worth: float) -> float:
+        """b + c: seconds to make one more draft and check it."""
+        return self.check(worth) + self.making.more
+
+    @property
+    def fixed(self) -> float:
+        """e + f: seconds to draft at all."""
+        return self.checking.fixed + self.making.fixed
+
+
+def _held_up(seconds: float, expected: float) -> float:
+    """What counts of a duration."""
+    return min(seconds, OUTLIER * expected) if expected > 0 else seconds
 
 
 @dataclass(slots=True)
@@ -170,13 +197,30 @@ def draft_lengths(rates: Sequence[float], costs: CostModel, limit: int, spare: f
     worth = costs.plain(count) / count if count else 0.0
     if worth <= 0 or spare < 0:
         return [0] * count
-    lengths = [draft_length(rate, costs.each / worth, limit) for rate in rates]
+    each, fixed = costs.each(worth), costs.fixed
+    lengths = [draft_length(rate, each / worth, limit) for rate in rates]
+    if costs.most:
+        lengths = _at_most(2 * costs.most, lengths)
     saved = sum(worth * sum(rate**depth for depth in range(1, length + 1)) for rate, length in zip(rates, lengths, strict=True))
-    if saved > MARGIN * (costs.each * sum(lengths) + costs.fixed) or costs.each == 0:
+    if saved > MARGIN * (each * sum(lengths) + fixed):
         return lengths
-    left = spare - costs.fixed
+    left = spare - fixed
     lengths = [0] * count
-    for index in sorted(range(count), key=lambda index: -rates[index]):
-        left -= costs.each
-        lengths[index] = int(left >= 0)
+    for index in sorted(range(count), key=lambda index: -rates[index])[: 2 * costs.most or count]:
+        left -= each
+        if left < 0:
+            break
+        lengths[index] = 1
+    return lengths
+
+
+def _at_most(most: int, lengths: list[int]) -> list[int]:
+    """The longest cut until there are so many together; where one each is too much, the first get one."""
+    longest = max(lengths, default=0)
+    while longest > 1 and sum(lengths) > most:
+        longest -= 1
+        lengths = [min(length, longest) for length in lengths]
+    if sum(lengths) > most:
+        drafting = [index for index, length in enumerate(lengths) if length][:most]
+        lengths = [int(index in drafting) for index in range(len(lengths))]
     return lengths

@@ -7,6 +7,7 @@ preempted one is met as new when it comes back. What is thought of a new one is 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -89,13 +90,31 @@ class Speculation:
         self.proposer = proposer
         self.num_draft_tokens = num_draft_tokens
         self.adaptive = adaptive
-        self.costs = CostModel()
         self.account = Account()
         self.stats = SpeculationStats(accepted_at=[0] * num_draft_tokens)
         self._usual = Acceptance(remember=REMEMBER_ALL)  # of all requests
         self._acceptance: dict[Request, Acceptance] = {}
+        self._costs: dict[int, CostModel] = defaultdict(CostModel)  # by the number of bits in a batch's size
+        self._drafted: set[Request] = set()  # who has drafts of the proposer's
         self._worth = 0.0  # seconds that a right draft of the last step saved
         self._plain_steps, self._since_plain = 0, 0
+        self._warm = False
+
+    def costs(self, num_sequences: int) -> CostModel:
+        """What is known of steps of about this size."""
+        return self._costs[num_sequences.bit_length()]
+
+    def ran(self, scheduled: Sequence[ScheduledRequest], seconds: float) -> None:
+        """A step over these took so long; whether its drafts were right is told afterwards."""
+        size, costs = len(scheduled), self.costs(len(scheduled))
+        drafts = sum(len(item.drafts) for item in scheduled)
+        own = sum(len(item.drafts) for item in scheduled if item.request in self._drafted) if drafts else 0
+        plain = costs.plain(size)
+        self._worth = plain / size
+        if all(item.decodes for item in scheduled) and own == drafts:
+            self._pay(costs.ran(size, drafts, seconds))
+        else:  # prompts or somebody else's drafts took part of it
+            self._pay(own * costs.check(self._worth))
 
     def draft(self, scheduled: Sequence[ScheduledRequest], states: Sequence[torch.Tensor] = (), settled: Collection[Request] = ()) -> None:
         """Gives each request of the step that has one token left to compute its drafts for the next step.
@@ -118,16 +137,17 @@ class Speculation:
         counts = self._counts(ready)
         asked = [(request, count) for request, count in zip(ready, counts, strict=True) if count]
         following = time.perf_counter() - started
-        price = self._propose(asked) if asked else 0.0
+        price = self._propose(asked, self.costs(len(ready))) if asked else 0.0
+        self._drafted = {request for request, _ in asked if request.draft_token_ids}
         self._since_plain = self._since_plain + 1 if any(request.draft_token_ids for request in ready) else 0
         # A prompt's share of the proposer's work belongs to the prompt, and is no loss to decoding.
         if all(item.start >= item.request.num_prompt_tokens for item in scheduled):
             self._pay(following + price)
 
-    def _propose(self, asked: Sequence[tuple[Request, int]]) -> float:
+    def _propose(self, asked: Sequence[tuple[Request, int]], costs: CostModel) -> float:
         """The requests' drafts; returns what they cost."""
         started = time.perf_counter()
-        least = MARGIN * self.costs.check / self._worth if self.adaptive and self._worth else 0.0
+        least = MARGIN * costs.check(self._worth) / self._worth if self.adaptive and self._worth else 0.0
         proposed = self.proposer.propose([request for request, _ in asked], [count for _, count in asked], least)
         for (request, _), drafts in zip(asked, proposed, strict=True):
             if isinstance(drafts, DraftTree):
@@ -135,7 +155,10 @@ class Speculation:
             else:
                 request.draft_token_ids, request.draft_parents = drafts, []
         made = sum(len(request.draft_token_ids) for request, _ in asked)
-        return self.costs.made(made, time.perf_counter() - started)
+        if not self._warm:  # memory is touched for the first time, and libraries are loaded: it says nothing about the next
+            self._warm = made > 0
+            return 0.0
+        return costs.made(made, time.perf_counter() - started)
 
     def verified(self, item: ScheduledRequest) -> None:
         """The model has looked at the drafts of `item` and kept some."""
@@ -149,7 +172,7 @@ class Speculation:
         self._usual.verified(depth, accepted)
         if item.request in self._acceptance:
             self._acceptance[item.request].verified(depth, accepted)
-        self._pay(drafted * self.costs.check - accepted * self._worth)
+        self._pay(-accepted * self._worth)
 
     def _pay(self, seconds: float) -> None:
         if self.adaptive:
@@ -161,7 +184,8 @@ class Speculation:
             return [self.num_draft_tokens] * len(ready)
         if not ready:
             return []
-        plain = self.costs.plain(len(ready))
+        costs = self.costs(len(ready))
+        plain = costs.plain(len(ready))
         self.account.step(plain)
         self._worth = plain / len(ready)
         # One plain step at first, then one after a few with drafts, then fewer: what drafts cost shows beside them only.
@@ -169,7 +193,7 @@ class Speculation:
             self._plain_steps += 1
             return [0] * len(ready)
         rates = [self._acceptance[request].rate for request in ready]
-        return draft_lengths(rates, self.costs, self.num_draft_tokens, self.account.seconds or 0.0)
+        return draft_lengths(rates, costs, self.num_draft_tokens, self.account.seconds or 0.0)
 
 
 def _standing(item: ScheduledRequest, first: int) -> Sequence[int]:

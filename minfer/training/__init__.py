@@ -11,10 +11,11 @@ from minfer.training.head import Target
 from minfer.training.loop import KINDS, Kind, Progress, Recipe, common_tokens, train
 from minfer.training.prompts import ask_itself, read_prompts
 from minfer.training.publish import publish
-from minfer.training.samples import collect, shards_in
+from minfer.training.samples import TEMPERATURES, collect, shards_in
 
 __all__ = [
     "KINDS",
+    "TEMPERATURES",
     "Kind",
     "Progress",
     "Recipe",

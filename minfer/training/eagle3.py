@@ -15,6 +15,7 @@ zero: passed through, the highest states would say the token before the one that
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +23,13 @@ from torch import nn
 
 from minfer.config import ModelConfig
 from minfer.layers import rope_table
-from minfer.training.head import Head, Target, distribution
+from minfer.training.head import Ahead, Head, Target
 from minfer.training.samples import Samples
 
 
 class Eagle3(Head):
+    staged = True
+
     def __init__(self, target: Target, vocabulary: torch.Tensor, depth: int) -> None:
         super().__init__(target, vocabulary, depth)
         config = target.config
@@ -55,28 +58,18 @@ class Eagle3(Head):
         self.norm.weight.copy_(target.read("model.norm.weight"))
         self.lm_head.weight.copy_(target.head[self.vocabulary])
 
-    def unroll(self, samples: Samples, embeddings: torch.Tensor) -> list[torch.Tensor]:
-        """The logits of each step, [B, S, Vd]; step j at column t is about token t + 2 + j."""
+    def unroll(self, samples: Samples, depth: int) -> Iterator[Ahead]:
         size = samples.tokens.shape[1]
-        table = rope_table(self.config.rope, self.config.head_dim, size + self.depth, torch.device("cpu"))
-        hidden = self.fc(samples.features)
+        table = rope_table(self.config.rope, self.config.head_dim, size + depth, torch.device("cpu"))
+        embeddings = self.embed(samples.tokens)
+        hidden = self.fc(samples.features).float()
         keys: list[tuple[torch.Tensor, torch.Tensor]] = []
-        out = []
-        for step in range(self.depth):
+        for step in range(depth):
             hidden = self.midlayer(shifted(embeddings, 1 + step), hidden, keys, table[step : step + size])
-            out.append(self.lm_head(self.norm(hidden)))
-        return out
+            yield hidden, self._logits
 
-    def loss(self, samples: Samples) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.no_grad():
-            wanted = distribution(samples.final, self.target_rows)
-            embeddings = self.embed(samples.tokens)
-        total = torch.zeros(())
-        right = []
-        for step, logits in enumerate(self.unroll(samples, embeddings)):
-            total = total + 0.8**step * self.step_loss(logits, wanted, samples, step + 1)
-            right.append(self.rightness(logits.detach(), samples, step + 1))
-        return total, torch.stack(right)
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.norm(hidden))  # type: ignore[no-any-return]
 
 
 class _Layer(nn.Module):

@@ -1,11 +1,13 @@
 """What all drafting heads have in common while they are trained: the target's parts, the loss, and how often a guess was right.
 
 A head learns the model's own distribution over the head's vocabulary (cross-entropy with soft labels), not the one token that
-was drawn: the labels cost a product with the model's output head, and say far more per token.
+was drawn: the labels cost a product with the model's output head, and say far more per token. They are made once a batch for the tokens of
+the answers, and guesses are made for these alone: prompts, padding and what nobody is asked about cost no output matrix.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,8 @@ from torch import nn
 from minfer.config import ModelConfig
 from minfer.loader import Checkpoint
 from minfer.training.samples import Samples
+
+Ahead = tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]  # what a guess is made from, [B, S, *], and what makes [.., Vd] of it
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Target:
 class Head(nn.Module):
     """`vocabulary` [Vd] holds the ids that the head can guess, ascending. `depth` is the number of tokens it learns to guess ahead."""
 
+    staged = False  # whether guessing further ahead costs a pass of its own, so that training begins with what is near
+
     def __init__(self, target: Target, vocabulary: torch.Tensor, depth: int) -> None:
         super().__init__()
         self.config = target.config
@@ -47,21 +53,33 @@ class Head(nn.Module):
         self.target_rows = target.head[vocabulary]  # [Vd, H]
         self._embeddings = target.embeddings
 
-    def loss(self, samples: Samples) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss, and which guesses were right: [depth, B, S] int8, 1 right, 0 wrong, -1 nothing to guess."""
+    def unroll(self, samples: Samples, depth: int) -> Iterator[Ahead]:
+        """For 1, 2, ... `depth` tokens further ahead: what stands at column t is to say token t + 1 + that number."""
         raise NotImplementedError
+
+    def loss(self, samples: Samples, depth: int) -> torch.Tensor:
+        """The mean over the answers' tokens of the cross-entropies of guesses up to `depth`, nearer ones weighing more."""
+        said = samples.answer & samples.known
+        said[:, :depth] = False
+        at = said.flatten().nonzero()[:, 0]
+        if not len(at):
+            return torch.stack([parameter.sum() for parameter in self.parameters()]).sum() * 0
+        with torch.no_grad():
+            wanted = distribution(samples.final.flatten(0, 1)[at], self.target_rows)
+        total = torch.zeros(())
+        for ahead, (state, logits) in enumerate(self.unroll(samples, depth), 1):
+            guess = logits(state.flatten(0, 1).index_select(0, at - ahead)).float()
+            total = total + 0.8 ** (ahead - 1) * F.cross_entropy(guess, wanted)
+        return total
+
+    @torch.no_grad()
+    def right(self, samples: Samples) -> torch.Tensor:
+        """Which guesses were right: [depth, B, S] int8, 1 right, 0 wrong, -1 nothing to guess."""
+        steps = enumerate(self.unroll(samples, self.depth), 1)
+        return torch.stack([self.rightness(logits(state), samples, ahead) for ahead, (state, logits) in steps])
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         return F.embedding(tokens, self._embeddings)
-
-    def step_loss(self, logits: torch.Tensor, wanted: torch.Tensor, samples: Samples, ahead: int) -> torch.Tensor:
-        """Cross-entropy of logits[B, S, Vd], at column t about what follows token t + `ahead`, with wanted[B, S, Vd]."""
-        size = samples.tokens.shape[1]
-        if size <= ahead:
-            return logits.sum() * 0
-        said = samples.answer[:, ahead:] & samples.known[:, ahead:]
-        scores = logits[:, : size - ahead][said].float().log_softmax(-1)
-        return -(wanted[:, ahead:][said] * scores).sum(-1).mean() if len(scores) else logits.sum() * 0
 
     def rightness(self, logits: torch.Tensor, samples: Samples, ahead: int) -> torch.Tensor:
         """Whether the likeliest token at column t is the one that came: token t + 1 + `ahead`. [B, S] int8."""

@@ -8,12 +8,14 @@ Heads begin as the model's own output head over the commonest tokens; Medusa's b
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from minfer.training.eagle3 import shifted
-from minfer.training.head import Head, Target, distribution
+from minfer.training.head import Ahead, Head, Target
 from minfer.training.samples import Samples
 
 
@@ -27,16 +29,9 @@ class Medusa(Head):
             for head in self.lm_heads:
                 head.weight.copy_(target.head[vocabulary])  # type: ignore[operator]
 
-    def loss(self, samples: Samples) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.no_grad():
-            wanted = distribution(samples.final, self.target_rows)
-        total = torch.zeros(())
-        right = []
-        for step, (block, head) in enumerate(zip(self.blocks, self.lm_heads, strict=True)):
-            logits = head(block(samples.final))
-            total = total + 0.8**step * self.step_loss(logits, wanted, samples, step + 1)
-            right.append(self.rightness(logits.detach(), samples, step + 1))
-        return total, torch.stack(right)
+    def unroll(self, samples: Samples, depth: int) -> Iterator[Ahead]:
+        for block, head in zip(self.blocks[:depth], self.lm_heads[:depth], strict=True):
+            yield samples.final, nn.Sequential(block, head)
 
 
 class _MedusaBlock(nn.Module):
@@ -63,19 +58,15 @@ class ReDrafter(Head):
             self.input_proj.bias.zero_()
             self.lm_head[1].weight.copy_(target.head[vocabulary])  # type: ignore[operator]
 
-    def loss(self, samples: Samples) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.no_grad():
-            wanted = distribution(samples.final, self.target_rows)
-            embeddings = self.embed(samples.tokens)
-        total = torch.zeros(())
-        right = []
+    def unroll(self, samples: Samples, depth: int) -> Iterator[Ahead]:
+        embeddings = self.embed(samples.tokens)
         state = torch.zeros_like(samples.final)
-        for step in range(self.depth):
+        for step in range(depth):
             state = F.silu(self.rnn_w(shifted(embeddings, 1 + step)) + self.rnn_u(state))
-            logits = self.lm_head(self.input_proj(torch.cat((samples.final, state), -1)))
-            total = total + 0.8**step * self.step_loss(logits, wanted, samples, step + 1)
-            right.append(self.rightness(logits.detach(), samples, step + 1))
-        return total, torch.stack(right)
+            yield torch.cat((samples.final, state), -1), self._logits
+
+    def _logits(self, both: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.input_proj(both))  # type: ignore[no-any-return]
 
 
 class _ResBlock(nn.Module):

@@ -67,9 +67,18 @@ class Samples:
 
 
 def collect(
-    loaded: LoadedModel, prompts: Sequence[list[int]], after: Sequence[int], folder: Path, num_tokens: int, max_answer: int, group: int = 32
+    loaded: LoadedModel,
+    prompts: Sequence[list[int]],
+    after: Sequence[int],
+    folder: Path,
+    num_tokens: int,
+    max_answer: int,
+    temperatures: Sequence[float] = TEMPERATURES,
+    group: int = 32,
 ) -> Iterator[int]:
-    """Answers prompts until there are `num_tokens` tokens of answers on disk, yielding how many there are after each shard."""
+    """Answers prompts, at these temperatures in turn, until there are `num_tokens` tokens of answers on disk; yields how many there are
+    after each shard.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shards = shards_in(folder)
     done, total = _progress(shards[-1]) if shards else (0, 0)
@@ -78,7 +87,7 @@ def collect(
     core = EngineCore(loaded, proposer=collector)
     while total < num_tokens and done < len(prompts):
         batch = range(done, min(done + group, len(prompts)))
-        requests = [_request(loaded, prompts[index], index, max_answer) for index in batch]
+        requests = [_request(loaded, prompts[index], index, max_answer, temperatures) for index in batch]
         for request in requests:
             core.scheduler.add(request)
         while core.scheduler.has_requests:
@@ -89,8 +98,8 @@ def collect(
         yield total
 
 
-def _request(loaded: LoadedModel, prompt: list[int], index: int, max_answer: int) -> Request:
-    temperature = 0.0 if index % HELD_OUT == 0 else TEMPERATURES[index % len(TEMPERATURES)]
+def _request(loaded: LoadedModel, prompt: list[int], index: int, max_answer: int, temperatures: Sequence[float]) -> Request:
+    temperature = 0.0 if index % HELD_OUT == 0 else temperatures[index % len(temperatures)]
     longest = min(len(prompt) + max_answer, loaded.max_model_len)
     params = SamplingParams(temperature=temperature, max_tokens=max_answer)
     return Request(

@@ -97,6 +97,43 @@ def test_pairs_that_waited_and_prefixes_from_the_cache_guess_the_same(tiny_llama
     assert sum(ours == theirs for ours, theirs in pairs) >= 0.8 * len(pairs)
 
 
+@pytest.mark.parametrize("name", ["eagle", "eagle3", "speculators"])
+def test_greedy_guesses_take_a_shorter_way_and_are_the_same(tiny_llama: Path, head_folders: dict[str, Path], name: str) -> None:
+    """Recorded and without laying logits out over all ids, or neither; a bias that changes nothing asks for the long way."""
+    params = [SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logit_bias=bias) for bias in ({}, {5: 0.0})]
+    assert [own.plain for own in params] == [True, False]
+    guesses = []
+    for own, graphs in ((params[0], True), (params[0], False), (params[1], True)):
+        llm = drafting(tiny_llama, head_folders[name], graphs=graphs)
+        seen = watch(llm)
+        llm.generate(prompts(), own, use_tqdm=False)
+        guesses.append(seen)
+    assert guesses[0] == guesses[1] == guesses[2]
+    assert len({token for *_, drafts in guesses[0] for token in drafts}) > 3
+
+
+@pytest.mark.parametrize("name", ["eagle", "eagle3"])
+def test_a_request_that_is_not_drafted_for_keeps_its_newest_pairs_only(
+    tiny_llama: Path, head_folders: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minfer.speculative.eagle.LONGEST_WAIT", 8)
+    llm = drafting(tiny_llama, head_folders[name], max_num_batched_tokens=16, max_num_seqs=4)
+    core = llm.engine.core
+    proposer = core.speculation.proposer  # type: ignore[union-attr]
+    propose, waited = proposer.propose, []
+
+    def late(requests: Sequence[Request], counts: Sequence[int], least: float) -> Any:
+        waited.extend((proposer._waiting[request].count, request.num_tokens) for request in requests)  # type: ignore[union-attr]
+        return propose(requests, counts, least) if len(requests[0].output_token_ids) > 20 else [[] for _ in requests]
+
+    proposer.propose = late  # type: ignore[method-assign, assignment]
+    said = llm.generate(prompts(), PARAMS, use_tqdm=False)
+    plain = LLM(str(tiny_llama), **BASE).generate(prompts(), PARAMS, use_tqdm=False)
+    assert [output.outputs[0].token_ids for output in said] == [output.outputs[0].token_ids for output in plain]
+    assert max(count for count, _ in waited) == 8
+    assert core.speculation.stats.num_drafts > 0  # type: ignore[union-attr]
+
+
 def test_the_kinds_are_told_apart(tiny_llama: Path, head_folders: dict[str, Path]) -> None:
     kinds = {name: read_head(folder).config.kind for name, folder in head_folders.items()}
     assert list(kinds.values()) == ["eagle", "eagle3", "eagle3", "medusa", "medusa", "redrafter"]

@@ -12,49 +12,74 @@ import torch
 from minfer.sampling_params import SamplingParams
 from minfer.scheduler import Request, RequestStatus, ScheduledRequest
 from minfer.speculative import Speculation
-from minfer.speculative.policy import HELD, MARGIN, PRIOR, SHARE, Acceptance, Account, CostModel, Line, draft_length, draft_lengths
+from minfer.speculative.policy import DEAREST, HELD, MARGIN, PRIOR, SHARE, Acceptance, Account, CostModel, draft_length, draft_lengths
 
 
-def model_of(fixed: float, each: float, sizes: list[int], making: tuple[float, float] = (0.0, 0.0)) -> CostModel:
+def model_of(
+    plain: tuple[float, float], checking: tuple[float, float] | None, making: tuple[float, float] = (0.0, 0.0), sizes: Sequence[int] = (1,)
+) -> CostModel:
+    """Of a machine whose steps, checks and drafts take (fixed, each) seconds."""
     costs = CostModel()
-    for size in sizes:
-        costs.observe(size, fixed + each * size)
-    for count in (1, 4, 2, 3):
-        costs.made(count, making[0] + making[1] * count)
+    for size in (sizes[0], *sizes):  # the first step is not counted
+        costs.ran(size, 0, plain[0] + plain[1] * size)
+    if checking is not None:
+        for count in (1, 4, 2, 3):
+            costs.ran(sizes[0], count, plain[0] + plain[1] * sizes[0] + checking[0] + checking[1] * count)
+            costs.made(count, making[0] + making[1] * count)
     return costs
 
 
-def test_nothing_is_known_before_two_sizes_were_seen() -> None:
-    assert CostModel().each == CostModel().plain(1) == 0
-    assert model_of(3e-3, 1e-4, [1] * 50).check == 0
-
-
-@pytest.mark.parametrize("sequences", [1, 4, 32])
-def test_the_costs_are_those_of_the_lines(sequences: int) -> None:
-    costs = model_of(3e-3, 2e-4, [1, 9, 5, 1, 4], making=(1e-3, 5e-4))
-    assert costs.plain(sequences) == pytest.approx(3e-3 + 2e-4 * sequences, rel=1e-6)
-    assert (costs.check, costs.each, costs.fixed) == pytest.approx((2e-4, 7e-4, 1e-3), rel=1e-6)
-
-
-def test_the_slope_survives_a_long_time_without_drafts() -> None:
-    costs = model_of(3e-3, 2e-4, [1, 9, 9, *[1] * 2000])
-    assert costs.check == pytest.approx(2e-4, rel=1e-3)
-
-
-def test_noise_can_turn_the_line_down_but_no_price_below_nothing() -> None:
+def test_nothing_is_known_before_a_second_step_was_seen() -> None:
     costs = CostModel()
-    for size, seconds in ((1, 5e-3), (9, 1e-3), (1, 5e-3)):
-        costs.observe(size, seconds)
-    assert costs.check == 0
-    assert costs.plain(1000) == 0
+    assert costs.plain(1) == 0
+    assert costs.ran(1, 3, 5e-3) == 0, "there is nothing to compare it with"
+    costs.ran(1, 0, 9.0)
+    assert costs.plain(1) == 0
+    costs.ran(1, 0, 5e-3)
+    assert costs.plain(1) == 5e-3
+    assert costs.check(5e-3) == 5e-3, "as much as a token, before one was checked"
+
+
+@pytest.mark.parametrize("sequences", [4, 5, 7])
+def test_the_costs_are_those_of_the_lines(sequences: int) -> None:
+    costs = model_of((3e-3, 2e-4), (4e-4, 3e-4), (1e-3, 5e-4), sizes=(4, 7, 4, 6))
+    assert costs.plain(sequences) == pytest.approx(3e-3 + 2e-4 * sequences, rel=1e-6)
+    assert (costs.check(1.0), costs.each(1.0), costs.fixed) == pytest.approx((3e-4, 8e-4, 1.4e-3), rel=1e-6)
+
+
+def test_a_step_with_drafts_is_charged_what_it_took_longer() -> None:
+    """A step of two rows is another kernel, say: the line of a model would not know, and the clock does."""
+    costs = model_of((3e-3, 0.0), None)
+    assert costs.ran(1, 1, 4.5e-3) == pytest.approx(1.5e-3)
+    assert costs.ran(1, 4, 4.8e-3) == pytest.approx(1.8e-3)
+    assert (costs.check(3e-3), costs.fixed) == pytest.approx((1e-4, 1.4e-3), rel=0.05)
+    assert costs.ran(1, 1, 2.9e-3) == pytest.approx(-1e-4), "noise evens out"
+
+
+def test_prices_survive_a_long_time_without_drafts() -> None:
+    costs = model_of((3e-3, 0.0), (0.0, 2e-4))
+    for _ in range(2000):
+        costs.ran(1, 0, 3e-3)
+    assert costs.check(1.0) == pytest.approx(2e-4, rel=1e-3)
+
+
+def test_noise_can_turn_a_line_down_but_no_price_below_nothing() -> None:
+    costs = model_of((5e-3, 0.0), None)
+    costs.ran(1, 1, 9e-3)
+    costs.ran(1, 8, 4e-3)
+    assert costs.check(1.0) == 0
+    assert costs.plain(1000) >= 0
 
 
 def test_a_step_that_the_machine_held_up_counts_as_a_slow_one() -> None:
-    line = Line()
-    for count in (1, 5, 1, 5):
-        line.observe(count, 1e-3 + 1e-4 * count)
-    line.observe(1, 60.0)
-    assert line.at(1) < 3e-3
+    costs = model_of((1e-3, 0.0), None)
+    costs.ran(1, 0, 60.0)
+    assert costs.plain(1) < 2.1e-3
+    costs = model_of((1e-3, 0.0), None)
+    assert costs.ran(1, 1, 60.0) == DEAREST * 1e-3
+    costs.made(1, 1e-3)
+    costs.made(1, 60.0)
+    assert costs.making.at(1) < 2.1e-3
 
 
 @pytest.mark.parametrize(
@@ -74,14 +99,27 @@ def test_a_draft_is_made_while_its_chance_is_above_its_cost(rate: float, share: 
 
 def test_what_it_costs_to_draft_at_all_must_be_saved_too() -> None:
     """Plain steps of 10 ms, 1 ms for each draft: at 0.5 three are worth 8.75 ms for 3 ms, unless drafting at all costs 6."""
-    cheap, dear = (model_of(9e-3, 1e-3, [1, 5, 3], making=(fixed, 0.0)) for fixed in (0.0, 6e-3))
+    cheap, dear = (model_of((10e-3, 0.0), (0.0, 1e-3), making=(fixed, 0.0)) for fixed in (0.0, 6e-3))
     assert draft_lengths([0.5], cheap, 8, 0.0) == [draft_length(0.5, 0.1, 8)] == [3]
     assert MARGIN * (3 + 6) > 8.75
     assert draft_lengths([0.5], dear, 8, 0.0) == [0]
     assert draft_lengths([0.5], dear, 8, 7.1e-3) == [1]  # there is time to find out
     assert draft_lengths([0.5], cheap, 8, -1e-9) == [0]  # the account is overdrawn
-    assert draft_lengths([0.05, 0.09, 0.02], cheap, 8, 2.1e-3) == [1, 1, 0]  # the likeliest first
+    three = model_of((0.0, 10e-3), (0.0, 1e-2), sizes=(3,))
+    assert draft_lengths([0.05, 0.09, 0.02], three, 8, 2.1e-2) == [1, 1, 0]  # the likeliest first
     assert draft_lengths([], cheap, 8, 1.0) == []
+
+
+def test_what_is_new_is_tried_in_small_steps() -> None:
+    costs = model_of((8e-3, 1e-3), None, sizes=(8,))
+    assert draft_lengths([0.9] * 8, costs, 8, 0.0) == [0] * 8
+    assert draft_lengths([0.9] * 8, costs, 8, 7e-3) == [1, 1, 1, 0, 0, 0, 0, 0]  # each may cost what a token costs: 2 ms
+    costs.ran(8, 3, 16e-3 + 3e-6)  # it costs nothing, nearly
+    assert sum(draft_lengths([0.9] * 8, costs, 8, 0.0)) == 6
+    costs.ran(8, 6, 16e-3 + 6e-6)
+    assert draft_lengths([0.9] * 8, costs, 8, 0.0) == [1] * 8
+    costs.ran(8, 8, 16e-3 + 8e-6)
+    assert draft_lengths([0.9] * 8, costs, 8, 0.0) == [2] * 8
 
 
 def test_acceptance_follows_what_happens_and_is_handed_on() -> None:
@@ -161,7 +199,7 @@ class Machine:
         while any(len(request.output_token_ids) <= tokens for request in requests):
             items = [ScheduledRequest(r, r.num_computed_tokens, 1 + len(r.draft_token_ids), True, r.draft_token_ids) for r in requests]
             total = sum(item.num_new_tokens for item in items)
-            speculation.costs.observe(total, self.spend(self.step, total))
+            speculation.ran(items, self.spend(self.step, total))
             for item in items:
                 right = next((n for n in range(len(item.drafts)) if self.random.random() >= chance), len(item.drafts))
                 item.kept = range(1, right + 1)
@@ -178,7 +216,7 @@ class Machine:
 @pytest.mark.parametrize("sequences", [1, 4, 32])
 @pytest.mark.parametrize("making", [(0.0, 0.0), (1e-3, 5e-4), (6e-3, 1e-3)])
 @pytest.mark.parametrize("step", [(9e-3, 2e-4), (6e-3, 3e-3)])
-def test_no_text_is_slowed_down_by_more_than_3_percent(
+def test_no_text_is_slowed_down_by_more_than_2_percent(
     monkeypatch: pytest.MonkeyPatch, step: tuple[float, float], making: tuple[float, float], sequences: int
 ) -> None:
     """Whatever was said before, and however the next text takes to drafts."""
@@ -189,6 +227,6 @@ def test_no_text_is_slowed_down_by_more_than_3_percent(
     machine.run(speculation, sequences, 0.5, 100)
     for chance in (0.0, 0.3, 0.1, 0.6, 0.0, 0.95, 0.05):
         seconds = machine.run(speculation, sequences, chance, 400)
-        assert seconds < 1.03 * plain, chance
+        assert seconds < 1.02 * plain, chance
         if chance == 0.95 and sequences == 1 and making[0] < 5e-3 and step[0] > 8e-3:
             assert seconds < 0.5 * plain

@@ -212,12 +212,13 @@ def test_a_draft_model_that_does_not_fit_is_refused(tiny_llama: Path, make_check
 
 def test_the_cost_of_decode_steps_is_measured_and_prompt_chunks_are_left_out(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM(str(tiny_llama), **BASE, **SPECULATIVE, max_prefill_chunk=7)
-    seen: list[int] = []
-    monkeypatch.setattr(CostModel, "observe", lambda self, num_tokens, seconds: seen.append(num_tokens))
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(CostModel, "ran", lambda self, sequences, drafts, seconds: seen.append((sequences, drafts)) or 0.0)
     ask(llm, [(60, 0, 0)])
     stats = llm.engine.core.speculation.stats  # type: ignore[union-attr]
     assert len(seen) == 23 - stats.num_accepted_tokens
-    assert sum(seen) == len(seen) + stats.num_draft_tokens
+    assert {sequences for sequences, _ in seen} == {1}
+    assert sum(drafts for _, drafts in seen) == stats.num_draft_tokens
 
 
 class Oracle:

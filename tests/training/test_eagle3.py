@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from speculative.published_heads import Published
 
@@ -37,7 +38,8 @@ def test_the_unrolled_steps_are_the_drafts_of_the_published_module(make_checkpoi
     features = torch.cat(list(states), -1)[None]
     everything = torch.ones(1, size, dtype=torch.bool)
     with torch.no_grad():
-        logits = head.unroll(Samples(tokens, features, final, everything, everything), head.embed(tokens))
+        steps = head.unroll(Samples(tokens, features, final, everything, everything), 3)
+        logits = [readout(state) for state, readout in steps]
     for column in range(1, size - 4):
         # With the true tokens as the drafts before, which is how it is trained.
         for step in range(3):
@@ -59,3 +61,25 @@ def test_labels_stand_where_the_guesses_do(make_checkpoint: Callable[..., Path])
         logits = torch.zeros(1, 8, 512)
         logits[..., 10] = 1  # the last token of the answer
         assert head.rightness(logits, samples, step + 1)[0].tolist() == wanted
+
+
+def test_the_loss_is_that_of_every_column_that_says_an_answers_token(make_checkpoint: Callable[..., Path]) -> None:
+    """Against the cross-entropies of all columns, made one by one in float64."""
+    folder = make_checkpoint("llama", num_hidden_layers=6)
+    target = Target.of(open_checkpoint(resolve_model(str(folder))))
+    torch.manual_seed(2)
+    head = Eagle3(target, torch.arange(1, 400), depth=2)
+    tokens = torch.randint(3, 500, (2, 9))
+    known = torch.arange(9)[None] < torch.tensor([[9], [6]])
+    answer = known & (torch.arange(9)[None] >= torch.tensor([[4], [3]]))
+    samples = Samples(tokens, torch.randn(2, 9, 192), torch.randn(2, 9, 64), answer, known)
+    wanted = (samples.final.double() @ target.head[1:400].double().T).softmax(-1)
+    total = 0.0
+    for ahead, (state, readout) in enumerate(head.unroll(samples, 2), 1):
+        scores = readout(state).detach().double().log_softmax(-1)
+        at = [(row, column) for row, end, begin in ((0, 9, 4), (1, 6, 3)) for column in range(begin, end)]
+        losses = [-(wanted[row, column] * scores[row, column - ahead]).sum() for row, column in at]
+        total += 0.8 ** (ahead - 1) * float(sum(losses) / len(losses))
+    assert head.loss(samples, 2).item() == pytest.approx(total, rel=1e-5)
+    nothing = Samples(tokens, samples.features, samples.final, torch.zeros_like(answer), known)
+    assert head.loss(nothing, 2).item() == 0
