@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from minfer.batch import Batch
+from minfer.batch import Batch, LoraRows
+from minfer.kernels.lora import LoraWeights
 from minfer.kernels.ops import Weight
 from minfer.kernels.triton import TritonBackend
 from minfer.kvcache import LayerCache
@@ -71,6 +72,19 @@ def _linear(matrix: torch.Tensor | PackedWeight, rows: int) -> Case:
     return call
 
 
+def _lora(rank: int, tile_rows: int, tiles: int) -> Case:
+    """16 adapters of the q, k and v projections."""
+
+    def call(backend: TritonBackend) -> None:
+        k, columns, rows = 4096, (0, 4096, 5120, 6144), tile_rows * tiles
+        of_parts = (meta(16, 3, dtype=torch.float32), meta(16, 3, dtype=torch.int32), meta(4, dtype=torch.int32))
+        weights = LoraWeights(meta(16, 3 * rank, k), meta(16, rank, columns[-1]), *of_parts, columns, rank)
+        lora = LoraRows(meta(rows, dtype=torch.int32), meta(tiles, 3, dtype=torch.int32), [], tile_rows)
+        backend.lora(meta(rows, columns[-1]), meta(rows, k), weights, lora)
+
+    return call
+
+
 def _packed(element: Element, group: int, activation: Literal["none", "int8", "fp8"] = "none") -> PackedWeight:
     """int4 with zero points, as AWQ has them; the others without."""
     n, k = 6144, 4096
@@ -115,6 +129,10 @@ CASES: dict[str, Case] = {
     "attention, 64 sequences, smollm2": _attention(1, 1024, 64, heads=9, kv_heads=3, dim=64),
     **{f"attention, 64 sequences, {name} cache": _attention(1, 4096, 64, stored=dtype) for name, dtype in QUANTISED_KV.items()},
     **{f"attention, prompt, {name} cache": _attention(512, 512, 4, stored=QUANTISED_KV[name]) for name in ("int8", "fp8")},
+    "lora, 16 adapters, rank 16": _lora(16, 16, 16),
+    "lora, 16 adapters, rank 128": _lora(128, 16, 16),
+    "lora, prompt, rank 16": _lora(16, 64, 32),
+    "lora, prompt, rank 128": _lora(128, 64, 32),
     "linear, bf16, 1 row": _linear(meta(6144, 4096), 1),
     "linear, bf16, 4 rows": _linear(meta(6144, 4096), 4),
     **_products(),

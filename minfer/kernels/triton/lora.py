@@ -18,8 +18,10 @@ t is rounded to the model's type before it meets b, as in training, where both a
 How many tiles there are is part of the grid. A step that is replayed from a CUDA graph has as many as there could be; those it doesn't
 need say adapter 0, and their programs end at the first load. So do those of a part that the adapter leaves alone.
 
-Tried, by what compilers made of it: columns at which parts begin as mere numbers from memory: loads of b and y of 2 bytes, since nobody
-knows that they are multiples of 16; hence ALIGNED. Left out: adding inside the product itself, which would spare the second pass over y.
+Tried, by what compilers made of it: the columns between which a part lies as mere numbers from memory: loads of b and y of 2 bytes, since
+nobody knows that they are multiples of 16; hence ALIGNED, for the end as well, or the mask does the same. t of rank 128 at once, and tiles
+of 64 rows by 128 columns: registers spill; so 32 of a rank at a time, and 64 columns. Left out: adding inside the product itself, which
+would spare the second pass over y.
 """
 
 from __future__ import annotations
@@ -36,7 +38,6 @@ from minfer.kernels.triton.checks import index, on_device, row_stride, shaped
 SPLIT_INPUTS = 512  # of a part of K that one program reads, where rows are few
 MOST_SPLITS = 16
 FEW_ROWS = 16
-_BLOCK_N = 128
 
 
 @triton.jit
@@ -84,7 +85,7 @@ def lora_expand_kernel(
         return
     begin, end = tl.load(bounds_ptr + part), tl.load(bounds_ptr + part + 1)
     if ALIGNED:
-        begin = tl.multiple_of(begin, 16)
+        begin, end = tl.multiple_of(begin, 16), tl.multiple_of(end, 16)
     if begin + block * BLOCK_N >= end:
         return
     first, count = tl.load(tiles_ptr + tile * 3 + 1), tl.load(tiles_ptr + tile * 3 + 2)
@@ -94,7 +95,7 @@ def lora_expand_kernel(
     row = tl.load(rows_ptr + first + at, mask=real, other=0).to(tl.int64)
     b_at = b_ptr + adapter.to(tl.int64) * (RANK * N) + j[:, None] * N + column[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in tl.static_range(0, RANK, BLOCK_R):
+    for start in range(0, RANK, BLOCK_R):
         t = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
         for split in tl.static_range(SPLITS):
             t_row = (split * total + first + at).to(tl.int64) * (PARTS * RANK)
@@ -125,16 +126,19 @@ def lora(y: torch.Tensor, x: torch.Tensor, weights: LoraWeights, rows: LoraRows)
         return
     splits = min(MOST_SPLITS, triton.cdiv(k, SPLIT_INPUTS)) if tile_rows <= FEW_ROWS else 1
     t = torch.empty((splits, total, outputs), dtype=torch.float32, device=x.device)
-    sizes = {"PARTS": parts, "RANK": rank, "SPLITS": splits, "BLOCK_M": tile_rows, "num_warps": 4}
+    sizes = {"PARTS": parts, "RANK": rank, "SPLITS": splits, "BLOCK_M": tile_rows}
+    shrink = {"BLOCK_K": _inputs_at_once(rank), "num_warps": 4 if rank <= 128 else 8}
+    shrink["num_stages"] = 3 if tile_rows <= FEW_ROWS and rank <= 256 else 2
     lora_shrink_kernel[(tiles, parts, splits)](
         x, rows.rows, rows.tiles, weights.a, weights.ranks, t, total, row_stride("x", x),
-        K=k, BLOCK_K=_inputs_at_once(rank), num_stages=3 if tile_rows <= FEW_ROWS else 2, **sizes,
+        K=k, **sizes, **shrink,
     )  # fmt: skip
     widest = max(end - begin for begin, end in zip(weights.columns, weights.columns[1:], strict=False))
     aligned = all(column % 16 == 0 for column in weights.columns)
-    lora_expand_kernel[(tiles, triton.cdiv(widest, _BLOCK_N), parts)](
+    block_n = 128 if tile_rows <= FEW_ROWS else 64
+    lora_expand_kernel[(tiles, triton.cdiv(widest, block_n), parts)](
         t, rows.rows, rows.tiles, weights.b, weights.scales, weights.ranks, weights.bounds, y, total, row_stride("y", y),
-        N=n, ALIGNED=aligned, BLOCK_N=_BLOCK_N, BLOCK_R=min(rank, 128), num_stages=1, **sizes,
+        N=n, ALIGNED=aligned, BLOCK_N=block_n, BLOCK_R=min(rank, 32), num_warps=4, num_stages=2, **sizes,
     )  # fmt: skip
 
 
