@@ -75,6 +75,8 @@ def plan(config: EngineConfig, ctx: int | None, parallel: int) -> dict[str, Any]
         "device": device.type,
         "quant": config.quant,
         "quantization": checkpoint.quantization,
+        "parameters": model.num_parameters,
+        "active_parameters": model.num_active_parameters,
         "dtype": str(dtype).removeprefix("torch."),
         "kv_cache_dtype": format_of(kv_dtype).name,
         "context": context,
@@ -96,7 +98,8 @@ def plan(config: EngineConfig, ctx: int | None, parallel: int) -> dict[str, Any]
 
 def _buffer_bytes(config: EngineConfig, model: ModelConfig, parallel: int, itemsize: int) -> int:
     """Logits in float32 for each sequence, and a full batch's activations at the widest place of a layer, in and out."""
-    widest = max(2 * model.intermediate_size, model.hidden_size, model.num_heads * model.head_dim)
+    inner = max(model.intermediate_size, 0 if model.moe is None else model.moe.experts_per_token * model.moe.intermediate_size)
+    widest = max(2 * inner, model.hidden_size, model.num_heads * model.head_dim)
     return parallel * model.vocab_size * 4 + config.max_num_batched_tokens * (widest + model.hidden_size) * 2 * itemsize
 
 
@@ -112,8 +115,10 @@ def _rows(v: dict[str, Any]) -> list[tuple[str, str]]:
     note = "" if v["on_disk"] else " (from the model's shape: it is not on this machine)"
     form = v["quantization"] if v["quant"] == "auto" else v["quant"]
     verdict = {"yes": "it fits", "tight": "it fits, by less than a tenth", "no": "it does NOT fit"}[v["verdict"]]
+    share = v["active_parameters"] / v["parameters"]
+    active = f", a token meets {share:.0%} of them" if share < 1 else ""
     return [
-        ("weights", f"{human_bytes(v['weights_bytes'])} as {form or v['dtype']}{note}"),
+        ("weights", f"{human_bytes(v['weights_bytes'])} as {form or v['dtype']}{active}{note}"),
         ("KV cache", f"{human_bytes(v['kv_bytes'])}: {human_bytes(v['kv_bytes_per_token'])} a token as {v['kv_cache_dtype']}"),
         ("buffers", f"{human_bytes(v['buffer_bytes'])}, about"),
         ("together", human_bytes(v["needed_bytes"])),

@@ -89,6 +89,10 @@ def describe(config: EngineConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "architecture": model.architecture,
         "parameters": model.num_parameters,
+        "active_parameters": model.num_active_parameters,
+        "experts": None if model.moe is None else model.moe.num_experts,
+        "experts_per_token": None if model.moe is None else model.moe.experts_per_token,
+        "expert_size": None if model.moe is None else model.moe.intermediate_size,
         "layers": model.num_layers,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.intermediate_size,
@@ -152,16 +156,19 @@ def _rows(v: dict[str, Any]) -> list[tuple[str, str]]:
     types = ", ".join(f"{name} {human_bytes(size)}" for name, size in v["disk_bytes_by_dtype"].items())
     contexts = ", ".join(f"{users} x {tokens:,}" for users, tokens in v["max_context_by_users"].items())
     tokens = [f"{name} {n:,} ({v['kv_capacity_by_dtype'][name]:.2f}x)" for name, n in v["kv_tokens_by_dtype"].items()]
+    active = f", of which a token meets {v['active_parameters'] / 1e6:,.1f} M" if v["experts"] else ""
     rows = [
         ("model", v["model"]),
         ("architecture", v["architecture"]),
-        ("parameters", f"{v['parameters'] / 1e6:,.1f} M"),
+        ("parameters", f"{v['parameters'] / 1e6:,.1f} M{active}"),
         ("layers", f"{v['layers']} x (hidden {v['hidden_size']}, feed-forward {v['intermediate_size']})"),
         ("attention", f"{v['attention_heads']} heads of {v['head_dim']}, {v['kv_heads']} KV heads, rope {v['rope']}{window}"),
         ("vocabulary", f"{v['vocab_size']:,}{tied}"),
         ("context", f"{v['max_model_len']:,} tokens"),
         ("quantisation", v["quantization"] or "none"),
     ]
+    if v["experts"]:
+        rows.insert(4, ("experts", f"{v['experts']} of width {v['expert_size']} in a layer, {v['experts_per_token']} for each token"))
     if v["disk_bytes"] is not None:
         rows.append(("on disk", f"{human_bytes(v['disk_bytes'])} {v['format']} ({types})"))
     kind = {"auto": v["quantization"], "none": None}.get(v["quant"], v["quant"])

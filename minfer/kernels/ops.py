@@ -13,7 +13,7 @@ Matrices are handed to `prepare` once, which asks the same list, in order, to re
 first backend that takes the matrix also multiplies by it. A quantised matrix that no backend has a kernel for is dequantised
 here, once and for good, and the log says so: that costs memory, where multiplying by it as it is would cost every step.
 
-Ops return new tensors, except `rotary`, `write_kv` and `lora`, which work in place. They take tensors whose last axes are
+Ops return new tensors, except `qk_norm`, `rotary`, `write_kv` and `lora`, which work in place. They take tensors whose last axes are
 contiguous and whose first stride is free, so q, k and v may be slices of one product. Models compute through ops and
 nothing else: that is what makes a step recordable below them (ARCHITECTURE, seam 3).
 """
@@ -36,7 +36,7 @@ from minfer.quant import PackedWeight
 
 logger = logging.getLogger("minfer.kernels")
 
-OP_NAMES = ("rms_norm", "rotary", "write_kv", "attention", "act_mul", "argmax", "lora")
+OP_NAMES = ("rms_norm", "qk_norm", "rotary", "write_kv", "attention", "act_mul", "argmax", "lora")
 
 
 class Weight(ABC):
@@ -58,6 +58,27 @@ class Weight(ABC):
         """ids[T] -> rows of the matrix, [T, K], in the model's dtype."""
 
 
+class Experts(ABC):
+    """The matrices of all experts of a layer, in the layout of the backend that joined them."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Memory the matrices occupy."""
+
+    @abstractmethod
+    def moe(
+        self,
+        x: torch.Tensor,
+        router_logits: torch.Tensor,
+        top_k: int,
+        renormalize: bool,
+        kind: str,
+        shared: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """What `Ops.moe` documents."""
+
+
 class Backend(ABC):
     """A set of kernels. It implements any of `OP_NAMES` as methods with the signatures that `Ops` documents."""
 
@@ -71,6 +92,10 @@ class Backend(ABC):
     def stack(self, parts: Sequence[Weight]) -> Weight:
         """Matrices that this backend prepared, whose products stand side by side in one output."""
         return StackedWeight(parts)
+
+    def experts(self, gate_up: Sequence[Weight], down: Sequence[Weight]) -> Experts | str:
+        """The experts of a layer joined, given their prepared matrices [2I, H] and [H, I], or the reason for declining them."""
+        return "has no mixtures of experts"
 
 
 class StackedWeight(Weight):
@@ -138,6 +163,20 @@ class Ops:
             return weights[0]
         return backend.stack(weights) if all(other is backend for _, other in prepared) else StackedWeight(weights)
 
+    def prepare_experts(self, gate_up: Sequence[Weight], down: Sequence[Weight]) -> Experts:
+        """Joins the experts of a layer, whose matrices this table has prepared. Raises ModelLoadError with every reason for declining."""
+        reasons: list[str] = []
+        for backend in self.backends:
+            joined = backend.experts(gate_up, down)
+            if isinstance(joined, Experts):
+                op = "moe" if self.chosen.get("moe", backend.name) == backend.name else "moe[some layers]"
+                if op not in self.chosen:
+                    self.chosen[op] = backend.name
+                    logger.info("kernels: %s=%s%s", op, backend.name, f" ({'; '.join(reasons)})" if reasons else "")
+                return joined
+            reasons.append(f"{backend.name}: {joined}")
+        raise ModelLoadError(f"no kernel goes through these experts: {'; '.join(reasons)}")
+
     def _prepare(self, weight: torch.Tensor | PackedWeight) -> tuple[Weight, Backend]:
         reasons = []
         for backend in self.backends:
@@ -171,6 +210,10 @@ class Ops:
         """h = x + residual; returns (h / rms(h) * weight, h), both [T, H]. The mean of squares is over H, in float32."""
         return self._rms_norm(x, weight, eps, residual)  # type: ignore[attr-defined, no-any-return]
 
+    def qk_norm(self, q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float) -> None:
+        """Normalises each head of q[T, Hq, D] and k[T, Hk, D] in place: head / rms(head) * weight[D]."""
+        self._qk_norm(q, k, q_weight, k_weight, eps)  # type: ignore[attr-defined]
+
     def rotary(self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> None:
         """Rotates q[T, Hq, D] and k[T, Hk, D] in place, half-split pairs (i, i + D/2). table[P, D] float32: cos | sin."""
         self._rotary(q, k, positions, table)  # type: ignore[attr-defined]
@@ -202,6 +245,24 @@ class Ops:
     def lora(self, y: torch.Tensor, x: torch.Tensor, weights: LoraWeights, rows: LoraRows) -> None:
         """Adds to y[T, N], in place, what each row's adapter makes of x[T, K]: scale * (x a^T) b, added up in float32."""
         self._lora(y, x, weights, rows)  # type: ignore[attr-defined]
+
+    def moe(
+        self,
+        x: torch.Tensor,
+        router_logits: torch.Tensor,
+        experts: Experts,
+        top_k: int,
+        renormalize: bool,
+        kind: str,
+        shared: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """x[T, H] -> sum over each token's top_k experts e of share_e * down_e(act_mul(gate_up_e(x), kind)), [T, H].
+
+        router_logits[T, E]: a token's experts are those with the highest, of equals those with the lower number. Shares are the softmax
+        over all E, in float32, divided by the sum of the chosen ones where `renormalize`. shared: (y[T, H], gate[T, 1]), an expert that
+        every token went through; sigmoid(gate) * y is added.
+        """
+        return experts.moe(x, router_logits, top_k, renormalize, kind, shared)
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         """logits[S, V] -> the lowest id with the highest value, [S] int64."""

@@ -27,7 +27,7 @@ from minfer.batch import Batch, LoraRows
 from minfer.errors import ConfigError
 from minfer.kernels.fetch import Arrival
 from minfer.kernels.lora import LoraWeights
-from minfer.kernels.ops import Backend, Weight
+from minfer.kernels.ops import Backend, Experts, Weight
 from minfer.kvcache import LayerCache
 from minfer.quant import PackedWeight
 
@@ -165,7 +165,7 @@ class SimulatedWeight(Weight):
     def __init__(self, device: SimulatedDevice, shape: Sequence[int], element: str, zero: torch.Tensor) -> None:
         self.shape = torch.Size(shape)
         self._device = device
-        self._bits, self._peak = ELEMENTS[element]
+        self._bits, self.peak = ELEMENTS[element]
         self._zero = zero
 
     @property
@@ -174,12 +174,43 @@ class SimulatedWeight(Weight):
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows, (outputs, inputs) = x.shape[0], self.shape
-        self._device.kernel(self.nbytes + 2 * rows * (inputs + outputs), 2.0 * rows * outputs * inputs, self._peak)
+        self._device.kernel(self.nbytes + 2 * rows * (inputs + outputs), 2.0 * rows * outputs * inputs, self.peak)
         return self._zero.expand(rows, outputs)
 
     def embedding(self, ids: torch.Tensor) -> torch.Tensor:
         self._device.kernel(4.0 * ids.shape[0] * self.shape[1])
         return self._zero.expand(ids.shape[0], self.shape[1])
+
+
+class SimulatedExperts(Experts):
+    """All of a layer. As many of them are read as tokens were sent to, each to another while there are enough."""
+
+    def __init__(self, device: SimulatedDevice, gate_up: Sequence[Weight], down: Sequence[Weight], zero: torch.Tensor) -> None:
+        self._device, self._zero = device, zero
+        self._sides = gate_up, down
+
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.nbytes for side in self._sides for weight in side)
+
+    def moe(
+        self,
+        x: torch.Tensor,
+        router_logits: torch.Tensor,
+        top_k: int,
+        renormalize: bool,
+        kind: str,
+        shared: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        pairs, experts = x.shape[0] * top_k, router_logits.shape[1]
+        for _ in range(3):  # routing and sorting: nothing but launches
+            self._device.kernel(4.0 * pairs)
+        for first, *_ in self._sides:
+            (outputs, inputs), read = first.shape, min(pairs, experts)
+            moved = read * first.nbytes + 2 * pairs * (inputs + outputs)
+            self._device.kernel(moved, 2.0 * pairs * outputs * inputs, first.peak if isinstance(first, SimulatedWeight) else "bf16")
+            self._device.kernel(6.0 * pairs * outputs)  # the activation; the weighted sum
+        return self._zero.expand(x.shape[0], x.shape[1])
 
 
 class SimulatedBackend(Backend):
@@ -213,6 +244,12 @@ class SimulatedBackend(Backend):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self.device.kernel(2.0 * x.numel() * 4)
         return x, x
+
+    def experts(self, gate_up: Sequence[Weight], down: Sequence[Weight]) -> Experts | str:
+        return SimulatedExperts(self.device, gate_up, down, self._zero)
+
+    def qk_norm(self, q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float) -> None:
+        self.device.kernel(2.0 * 2 * (q.numel() + k.numel()))
 
     def rotary(self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> None:
         self.device.kernel(2.0 * 2 * (q.numel() + k.numel()))

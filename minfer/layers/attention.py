@@ -13,6 +13,7 @@ from minfer.config import ModelConfig
 from minfer.kernels import Ops
 from minfer.kvcache import LayerCache
 from minfer.layers.linear import Linear
+from minfer.layers.norm import RMSNorm
 
 
 class Attention(nn.Module):
@@ -27,6 +28,8 @@ class Attention(nn.Module):
         self.scale = self.dim**-0.5
         self.window = config.window_of(layer)
         self.rope = rope  # [positions, D] float32, shared by all layers
+        self.q_norm = RMSNorm(ops, self.dim, config.rms_norm_eps, device=device) if config.qk_norm else None
+        self.k_norm = RMSNorm(ops, self.dim, config.rms_norm_eps, device=device) if config.qk_norm else None
         q, kv = self.heads * self.dim, self.kv_heads * self.dim
         parts = {"q_proj": q, "k_proj": kv, "v_proj": kv}
         self.qkv_proj = Linear(ops, inputs or config.hidden_size, q + 2 * kv, bias=config.qkv_bias, parts=parts, device=device)
@@ -36,6 +39,8 @@ class Attention(nn.Module):
         tokens = x.shape[0]
         qkv = self.qkv_proj(x, batch.lora).view(tokens, self.heads + 2 * self.kv_heads, self.dim)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)  # [T, Hq | Hk | Hk, D], views
+        if self.q_norm is not None and self.k_norm is not None:
+            self.ops.qk_norm(q, k, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
         self.ops.rotary(q, k, batch.positions, self.rope)
         self.ops.write_kv(k, v, cache, batch.slots)
         out = self.ops.attention(q, cache, batch, self.scale, self.window)  # [T, Hq, D]

@@ -12,11 +12,13 @@ from minfer.layers.linear import Linear
 
 
 class GatedMLP(nn.Module):
-    def __init__(self, ops: Ops, config: ModelConfig, *, device: torch.device) -> None:
+    """`inner`: its width where it isn't the config's."""
+
+    def __init__(self, ops: Ops, config: ModelConfig, *, device: torch.device, inner: int | None = None) -> None:
         super().__init__()
         self.ops = ops
         self.kind = config.hidden_act
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        hidden, inner, bias = config.hidden_size, inner or config.intermediate_size, config.mlp_bias
         self.gate_up_proj = Linear(ops, hidden, 2 * inner, bias=bias, parts={"gate_proj": inner, "up_proj": inner}, device=device)
         self.down_proj = Linear(ops, inner, hidden, bias=bias, device=device)
 

@@ -6,6 +6,7 @@ error that names the tensor, the file and what was expected. Tolerated are only 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -19,6 +20,12 @@ from minfer.quant import PackedWeight
 Named = tuple[str, torch.Tensor | PackedWeight]
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_ROUTER = re.compile(r".*\.(gate|shared_expert_gate)\.weight")
+
+
+def is_router(name: str) -> bool:
+    """Whether the tensor is one that decides which experts a token goes through: few weights, and rounding them changes the decision."""
+    return _ROUTER.fullmatch(name) is not None
 
 
 def check_tensors(config: ModelConfig, found: Mapping[str, TensorInfo], where: Path) -> dict[str, TensorInfo]:

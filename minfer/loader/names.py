@@ -95,6 +95,22 @@ def _qwen25(*shape: int, vocab: int = 151936, tied: bool) -> dict[str, Any]:
     )
 
 
+def _qwen_moe(architecture: str, *shape: int, experts: int, top_k: int, inner: int, **more: Any) -> dict[str, Any]:
+    return _llama(
+        *shape,
+        architectures=[architecture],
+        vocab_size=151936,
+        rms_norm_eps=1e-6,
+        rope_theta=1000000.0,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        moe_intermediate_size=inner,
+        use_sliding_window=False,
+        bos_token_id=151643,
+        **more,
+    )
+
+
 def _qwen25_twins(size: str, *, gguf: bool = True) -> dict[str, str]:
     repo = f"Qwen/Qwen2.5-{size}-Instruct"
     twins = {"awq": f"{repo}-AWQ", "gptq": f"{repo}-GPTQ-Int4"}
@@ -175,6 +191,48 @@ KNOWN: dict[str, KnownModel] = {
             "gptq": "RedHatAI/Mistral-7B-Instruct-v0.3-GPTQ-4bit",
             "gguf": _bartowski("Mistral-7B-Instruct-v0.3"),
         },
+    ),
+    "mixtral-8x7b": KnownModel(
+        "mistralai/Mixtral-8x7B-Instruct-v0.1",
+        _llama(
+            *(4096, 14336, 32, 32, 8),
+            architectures=["MixtralForCausalLM"],
+            vocab_size=32000,
+            max_position_embeddings=32768,
+            rope_theta=1000000.0,
+            sliding_window=None,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+    ),
+    "qwen1.5-moe-a2.7b": KnownModel(
+        "Qwen/Qwen1.5-MoE-A2.7B-Chat",
+        _qwen_moe(
+            "Qwen2MoeForCausalLM",
+            *(2048, 5632, 24, 16, 16),
+            experts=60,
+            top_k=4,
+            inner=1408,
+            max_position_embeddings=8192,
+            shared_expert_intermediate_size=5632,
+            eos_token_id=[151645, 151643],
+        ),
+    ),
+    "qwen3-30b-a3b": KnownModel(
+        "Qwen/Qwen3-30B-A3B",
+        _qwen_moe(
+            "Qwen3MoeForCausalLM",
+            *(2048, 6144, 48, 32, 4),
+            experts=128,
+            top_k=8,
+            inner=768,
+            max_position_embeddings=40960,
+            head_dim=128,
+            norm_topk_prob=True,
+            eos_token_id=[151645, 151643],
+        ),
     ),
     "qwen2.5-0.5b": KnownModel("Qwen/Qwen2.5-0.5B-Instruct", _qwen25(896, 4864, 24, 14, 2, tied=True), _qwen25_twins("0.5B")),
     "qwen2.5-1.5b": KnownModel("Qwen/Qwen2.5-1.5B-Instruct", _qwen25(1536, 8960, 28, 12, 2, tied=True), _qwen25_twins("1.5B")),

@@ -3,9 +3,9 @@
 `int8`, `int4`, `fp8`, `nf4` and `mxfp4` need no data (round-to-nearest), so each matrix is read, quantised and handed on by itself:
 the model never lies in memory in both forms. The result is kept in the user's cache folder (weight_cache.py).
 
-What is quantised are the matrices of the decoder layers. The embedding and the output head stay as the checkpoint has them: they
-are few of a large model's weights, and the ones where rounding shows most. A small model with a large vocabulary pays for that:
-of SmolLM2's 135 million weights 28 million are the embedding, which is its head too.
+What is quantised are the matrices of the decoder layers, every expert's too. The embedding, the output head and the routers of experts
+stay as the checkpoint has them: they are few of a large model's weights, and the ones where rounding shows most. A small model with a
+large vocabulary pays for that: of SmolLM2's 135 million weights 28 million are the embedding, which is its head too.
 
 A quantised GGUF file counts as a source for these too, because that is often the only form of a model at hand; its weights are
 rounded twice then, and the log says so. Other quantised checkpoints don't: whoever asks for int8 of an AWQ model has mixed something up.
@@ -24,7 +24,7 @@ import torch
 
 from minfer.config import CALIBRATED, Quant
 from minfer.errors import ConfigError, ModelLoadError
-from minfer.loader.check import EMBEDDING, HEAD
+from minfer.loader.check import EMBEDDING, HEAD, is_router
 from minfer.loader.checkpoint import Checkpoint, TensorInfo
 from minfer.loader.weight_cache import WeightCache, entry_folder, file_identity
 from minfer.quant import PackedWeight, QuantScheme
@@ -77,7 +77,7 @@ class QuantizedOnLoad(Checkpoint):
         self._schemes = {
             name: RECIPES[method].scheme(name, info.shape[1])
             for name, info in base.tensor_infos.items()
-            if len(info.shape) == 2 and name not in (EMBEDDING, HEAD)
+            if len(info.shape) == 2 and name not in (EMBEDDING, HEAD) and not is_router(name)
         }
         infos = {
             name: info if name not in self._schemes else TensorInfo(info.shape, method, _num_bytes(self._schemes[name], info), info.file)

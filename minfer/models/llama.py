@@ -1,12 +1,13 @@
-"""Llama (Touvron 2023) and the families that share its shape: Llama 1-3.x, Mistral, Qwen2, SmolLM2, TinyLlama.
+"""Llama (Touvron 2023) and the families that share its shape: Llama 1-3.x, Mistral, Mixtral, Qwen2 and 3 with and without experts,
+SmolLM2, TinyLlama.
 
     x = embed(tokens)
     for each layer:   x = x + attention(norm(x));   x = x + mlp(norm(x))
     logits = head(norm(x))
 
-What differs between them (biases, sliding windows, tied head, rope scaling) is data in `ModelConfig`, used by the shared
-layers; nothing here knows about devices, dtypes or quantisation. The residual stream is carried beside x, so that each
-addition fuses with the norm that follows it.
+What differs between them (biases, sliding windows, tied head, rope scaling, norms of q and k, experts) is data in `ModelConfig`,
+used by the shared layers; nothing here knows about devices, dtypes or quantisation. The residual stream is carried beside x, so that
+each addition fuses with the norm that follows it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from minfer.batch import Batch
 from minfer.config import ModelConfig
 from minfer.kernels import Ops
 from minfer.kvcache import KVCache, LayerCache
-from minfer.layers import Attention, Embedding, GatedMLP, OutputHead, RMSNorm, rope_table
+from minfer.layers import Attention, Embedding, OutputHead, RMSNorm, feed_forward, rope_table
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -92,7 +93,8 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps, device=device)
         self.self_attn = Attention(ops, config, layer, rope, device=device)
         self.post_attention_layernorm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps, device=device)
-        self.mlp = GatedMLP(ops, config, device=device)
+        self._mlp = config.mlp_name(layer)
+        self.add_module(self._mlp, feed_forward(ops, config, layer, device=device))
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None, batch: Batch, cache: LayerCache
@@ -101,4 +103,4 @@ class DecoderLayer(nn.Module):
         x, stream = self.input_layernorm(x, residual)
         x = self.self_attn(x, batch, cache)
         x, residual = self.post_attention_layernorm(x, stream)
-        return self.mlp(x, batch.lora), residual, stream
+        return getattr(self, self._mlp)(x, batch.lora), residual, stream

@@ -6,12 +6,14 @@ rounds better; `quantize_layer` then packs each matrix.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from minfer.config import ModelConfig
 from minfer.errors import ConfigError
+from minfer.loader.check import is_router
 from minfer.quant import PackedWeight
 from minfer.quant.algorithms import awq_scales, gptq, round_to_nearest, smoothquant_scales
 from minfer.quantize.observe import PRODUCTS, InputStatistics
@@ -79,15 +81,23 @@ def _apply(product: str, scales: torch.Tensor, weights: Weights, seen: dict[str,
     statistics.probe = [rows / scales for rows in statistics.probe]
 
 
+def is_quantized(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor of a layer is one of those that are packed: its matrices, but for the routers of experts."""
+    return len(shape) == 2 and not is_router(name)
+
+
 def quantize_layer(weights: Weights, seen: dict[str, InputStatistics], recipe: Recipe, prefix: str) -> dict[str, PackedMatrix]:
     """By the matrix's name inside the layer ("mlp.up_proj"). `prefix` is the layer's own name, for what is wrong with its weights."""
     packed = {}
-    for product, names in PRODUCTS.items():
-        for name in names:
-            try:
-                packed[name] = _quantize(weights[f"{name}.weight"], seen.get(product), recipe)
-            except ConfigError as error:
-                raise ConfigError(f"{prefix}{name}: {error}") from error
+    for tensor, weight in weights.items():
+        if not is_quantized(tensor, weight.shape):
+            continue
+        name = tensor.removesuffix(".weight")
+        product = next((product for product, names in PRODUCTS.items() if name in names), None)
+        try:
+            packed[name] = _quantize(weight, seen.get(product) if product else None, recipe)
+        except ConfigError as error:
+            raise ConfigError(f"{prefix}{name}: {error}") from error
     return packed
 
 

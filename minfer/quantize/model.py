@@ -25,16 +25,16 @@ import torch
 
 from minfer.errors import ConfigError, ModelLoadError
 from minfer.loader import Checkpoint
+from minfer.loader.check import is_router
 from minfer.quant import PackedWeight
 from minfer.quant.algorithms.round_to_nearest import check_groups
 from minfer.quant.readers import MatrixReader, create_reader
 from minfer.quant.writers import MatrixWriter
 from minfer.quantize.folder import OutputFolder
-from minfer.quantize.layer import PackedMatrix, Weights, equalize, quantize_layer
-from minfer.quantize.observe import PRODUCTS, InputStatistics, LayerRunner
+from minfer.quantize.layer import PackedMatrix, Weights, equalize, is_quantized, quantize_layer
+from minfer.quantize.observe import InputStatistics, LayerRunner
 from minfer.quantize.recipe import Recipe
 
-MATRICES = tuple(name for names in PRODUCTS.values() for name in names)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -68,9 +68,14 @@ def quantize_model(
     """
     if checkpoint.quantization is not None and checkpoint.source.kind != "gguf":
         raise ConfigError(f"{checkpoint.source.name} is quantised already ({checkpoint.quantization}); start from the original weights")
+    if checkpoint.config.moe is not None and recipe.needs:
+        raise ConfigError(
+            f"{recipe.method} needs the inputs of every matrix, and those of single experts aren't observed yet; quantise a mixture of "
+            "experts with rtn, fp8, nf4 or an MX method"
+        )
     writer = recipe.writer()
     for name, shape in checkpoint.config.tensor_shapes():
-        if name.removesuffix(".weight").endswith(MATRICES) and len(shape) == 2:
+        if name.startswith("model.layers.") and is_quantized(name, shape):
             _check(name.removesuffix(".weight"), (shape[0], shape[1]), recipe, writer)
     folder = OutputFolder(out, _run(checkpoint, recipe))
     with torch.inference_mode():
@@ -82,7 +87,8 @@ def quantize_model(
             on_layer(LayerReport(layer, count, weight_error, output_error, time.perf_counter() - started))
         if max_layers is None or max_layers >= count:
             run.rest()
-            folder.finish(checkpoint, writer.settings())
+            routers = [name.removesuffix(".weight") for name, _ in checkpoint.config.tensor_shapes() if is_router(name)]
+            folder.finish(checkpoint, writer.settings(routers))
 
 
 def _check(name: str, shape: tuple[int, int], recipe: Recipe, writer: MatrixWriter) -> None:
@@ -190,11 +196,10 @@ class _Run:
         weights: Weights = {}
         shapes = dict(self.checkpoint.config.tensor_shapes())
         for name in self._names(prefix):
-            layer = name.removesuffix(".weight")
-            if name.removeprefix(prefix).removesuffix(".weight") not in MATRICES:
+            layer, shape = name.removesuffix(".weight"), shapes[name]
+            if not is_quantized(name, shape):
                 weights[name.removeprefix(prefix)] = tensors[name].float()
                 continue
-            shape = shapes[name]
             weights[name.removeprefix(prefix)] = read_matrix(self.reader, layer, (shape[0], shape[1]), tensors).dequantize()
         return weights
 

@@ -308,7 +308,14 @@ def test_every_short_name_has_a_shape_transformers_agrees_with(name: str) -> Non
 
     source = resolve_model(name, load_format="dummy")
     config = dict(source.config)
-    kind = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}[config["architectures"][0]]
+    kind = {
+        "LlamaForCausalLM": "llama",
+        "MistralForCausalLM": "mistral",
+        "MixtralForCausalLM": "mixtral",
+        "Qwen2ForCausalLM": "qwen2",
+        "Qwen2MoeForCausalLM": "qwen2_moe",
+        "Qwen3MoeForCausalLM": "qwen3_moe",
+    }[config["architectures"][0]]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config))
     from minfer.config import ModelConfig
@@ -317,7 +324,8 @@ def test_every_short_name_has_a_shape_transformers_agrees_with(name: str) -> Non
     published = {  # millions, from the model cards
         "smollm2-135m": 135, "smollm2-360m": 362, "smollm2-1.7b": 1711, "tinyllama-1.1b": 1100, "llama2-7b": 6738, "llama2-13b": 13016,
         "llama3.1-8b": 8030, "llama3.2-1b": 1236, "llama3.2-3b": 3213, "mistral-7b": 7248, "qwen2.5-0.5b": 494, "qwen2.5-1.5b": 1544,
-        "qwen2.5-3b": 3086, "qwen2.5-7b": 7616, "qwen2.5-14b": 14770,
+        "qwen2.5-3b": 3086, "qwen2.5-7b": 7616, "qwen2.5-14b": 14770, "mixtral-8x7b": 46703, "qwen1.5-moe-a2.7b": 14316,
+        "qwen3-30b-a3b": 30532,
     }  # fmt: skip
     assert round(ModelConfig.from_hf(config).num_parameters / 1e6) == pytest.approx(published[name], abs=1)
 

@@ -161,3 +161,20 @@ def test_what_does_not_fit_is_said_before_any_work(plain: Path, tmp_path: Path) 
 def test_a_recipe_checks_itself(settings: dict[str, Any], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         Recipe(**settings)
+
+
+@pytest.mark.parametrize("name", ["rtn", "rtn 3 bits", "fp8", "nf4", "mxfp4"])
+def test_a_mixture_of_experts(name: str, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Every expert's matrices are packed and the routers left alone, which the config says too; what needs data is refused."""
+    folder = make_checkpoint("mixtral", num_local_experts=3, hidden_size=64, intermediate_size=128)
+    quantize_model(opened(folder), RECIPES[name], tmp_path / "out")
+    again, plain = opened(tmp_path / "out"), opened(folder)
+    for tensor, info in plain.tensor_infos.items():
+        same = torch.equal(again.read(tensor).float(), plain.read(tensor).float())
+        assert same == (len(info.shape) == 1 or tensor.endswith(("gate.weight", "lm_head.weight", "embed_tokens.weight"))), tensor
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert "layers.1.block_sparse_moe.gate" in json.dumps(settings).replace("\\", "")
+    answer = LLM(str(tmp_path / "out"), device="cpu", max_model_len=64, kv_cache_memory=2**20)
+    assert len(answer.generate([[5, 9]], SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)[0].outputs[0].token_ids) == 3
+    with pytest.raises(ConfigError, match="awq needs the inputs of every matrix"):
+        quantize_model(opened(folder), RECIPES["awq"], tmp_path / "no", samples)

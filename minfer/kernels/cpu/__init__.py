@@ -12,10 +12,11 @@ import torch
 
 from minfer.batch import Batch, LoraRows
 from minfer.errors import ConfigError
+from minfer.kernels.cpu.experts import CpuExperts
 from minfer.kernels.cpu.runtime import DTYPES, Runtime
 from minfer.kernels.cpu.weights import Activation, CpuStackedWeight, LinearKernels
 from minfer.kernels.lora import LoraWeights
-from minfer.kernels.ops import Backend, Weight
+from minfer.kernels.ops import Backend, Experts, Weight
 from minfer.kvcache import LayerCache
 from minfer.quant import PackedWeight
 
@@ -34,6 +35,11 @@ class CpuBackend(Backend):
         self._rms_norm = runtime.op(
             "rms_norm",
             "ptr x, ptr residual, ptr weight, ptr out, ptr sum, int rows, int width, int x_stride, int residual_stride, int dtype, "
+            "int weight_dtype, double eps",
+        )
+        self._qk_norm = runtime.op(
+            "qk_norm",
+            "ptr q, ptr k, ptr q_weight, ptr k_weight, int rows, int q_heads, int k_heads, int dim, int q_stride, int k_stride, int dtype, "
             "int weight_dtype, double eps",
         )
         self._rotary = runtime.op(
@@ -70,6 +76,9 @@ class CpuBackend(Backend):
     def stack(self, parts: Sequence[Weight]) -> Weight:
         return CpuStackedWeight(self.runtime, parts)
 
+    def experts(self, gate_up: Sequence[Weight], down: Sequence[Weight]) -> Experts | str:
+        return CpuExperts.reason_against(gate_up, down) or CpuExperts(self.runtime, gate_up, down)
+
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,6 +93,14 @@ class CpuBackend(Backend):
         pointers = (runtime.ptr(x), runtime.ptr(residual), runtime.ptr(weight), runtime.ptr(out), runtime.ptr(total))
         self._rms_norm(*pointers, rows, width, stride, residual_stride, _code(x), _code(weight), eps)
         return out, total
+
+    def qk_norm(self, q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float) -> None:
+        _same_type("k", k, q)
+        (rows, q_heads, dim), k_heads, ptr = q.shape, k.shape[1], self.runtime.ptr
+        if q_weight.shape != (dim,) or k_weight.shape != (dim,) or q_weight.dtype != k_weight.dtype:
+            raise ConfigError(f"the weights of q's and k's norms must be [{dim}] of one type, not {q_weight.shape} and {k_weight.shape}")
+        sizes = (rows, q_heads, k_heads, dim, _row_stride(q, "q"), _row_stride(k, "k"))
+        self._qk_norm(ptr(q), ptr(k), ptr(q_weight), ptr(k_weight), *sizes, _code(q), _code(q_weight), eps)
 
     def rotary(self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> None:
         _same_type("k", k, q)

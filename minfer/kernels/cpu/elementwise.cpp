@@ -7,33 +7,13 @@
 #include <limits>
 
 #include "abi.h"
+#include "loops.h"
 #include "pool.h"
 #include "simd.h"
 
 namespace minfer {
 namespace MINFER_ISA {
 namespace {
-
-// Elements worth handing to another thread: one or two microseconds of work, against the same for waking and joining.
-constexpr int64_t kGrain = 8192;
-
-template <class Body>
-void for_rows(Pool& pool, int64_t rows, int64_t width, const Body& body) {
-  const int64_t grain = width >= kGrain ? 1 : kGrain / width;
-  const int64_t chunks = (rows + grain - 1) / grain;
-  pool.parallel_for(chunks, [&](int64_t chunk, int) {
-    const int64_t end = (chunk + 1) * grain < rows ? (chunk + 1) * grain : rows;
-    for (int64_t row = chunk * grain; row < end; ++row) body(row);
-  });
-}
-
-// Calls body(i, load, store) style loops over `width` elements: full vectors, then one partial.
-template <class Full, class Partial>
-inline void for_lanes(int64_t width, const Full& full, const Partial& partial) {
-  int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) full(i);
-  if (i < width) partial(i, width - i);
-}
 
 // ---- rms_norm ----
 
@@ -77,6 +57,35 @@ void rms_norm(const RmsNormArgs& a, Pool& pool) {
                      residual == nullptr ? nullptr : residual + row * a.residual_stride, static_cast<const W*>(a.weight),
                      static_cast<T*>(a.out) + row * a.width, static_cast<T*>(a.sum) + row * a.width, a.width,
                      static_cast<float>(a.eps));
+      });
+    });
+  });
+}
+
+// ---- qk_norm ----
+
+struct QkNormArgs {
+  void* q;  // [rows, q_heads, dim], rows q_stride elements apart; each head normalised in place
+  void* k;  // [rows, k_heads, dim]
+  const void* q_weight;  // [dim]
+  const void* k_weight;
+  int64_t rows, q_heads, k_heads, dim, q_stride, k_stride, dtype, weight_dtype;
+  double eps;
+};
+
+void qk_norm(const QkNormArgs& a, Pool& pool) {
+  with_float_type(a.dtype, [&](auto type) {
+    with_float_type(a.weight_dtype, [&](auto weight_type) {
+      using T = decltype(type);
+      using W = decltype(weight_type);
+      for_rows(pool, a.rows, (a.q_heads + a.k_heads) * a.dim, [&](int64_t row) {
+        const auto normalise = [&](T* x, int64_t heads, const void* weight) {
+          for (T* head = x; head < x + heads * a.dim; head += a.dim) {
+            rms_norm_row<T, W>(head, nullptr, static_cast<const W*>(weight), head, head, a.dim, static_cast<float>(a.eps));
+          }
+        };
+        normalise(static_cast<T*>(a.q) + row * a.q_stride, a.q_heads, a.q_weight);
+        normalise(static_cast<T*>(a.k) + row * a.k_stride, a.k_heads, a.k_weight);
       });
     });
   });
@@ -131,18 +140,11 @@ struct ActMulArgs {
   int64_t rows, width, x_stride, dtype;
 };
 
-inline Vec silu(Vec x) { return x / (broadcast(1.0f) + exp(-x)); }
-
 void silu_mul(const ActMulArgs& a, Pool& pool) {
   with_float_type(a.dtype, [&](auto type) {
     using T = decltype(type);
     for_rows(pool, a.rows, 2 * a.width, [&](int64_t row) {
-      const T* gate = static_cast<const T*>(a.x) + row * a.x_stride;
-      const T* up = gate + a.width;
-      T* out = static_cast<T*>(a.out) + row * a.width;
-      for_lanes(
-          a.width, [&](int64_t i) { store(out + i, silu(load(gate + i)) * load(up + i)); },
-          [&](int64_t i, int64_t n) { store_some(out + i, silu(load_some(gate + i, n)) * load_some(up + i, n), n); });
+      silu_mul_row(static_cast<const T*>(a.x) + row * a.x_stride, static_cast<T*>(a.out) + row * a.width, a.width);
     });
   });
 }
@@ -228,8 +230,8 @@ void select_rows(const SelectRowsArgs& a, Pool& pool) {
 }  // namespace
 
 MINFER_OPS(elementwise)
-MINFER_OP(rms_norm, RmsNormArgs), MINFER_OP(rotary, RotaryArgs), MINFER_OP(silu_mul, ActMulArgs),
-    MINFER_OP(argmax, ArgmaxArgs), MINFER_OP(select_rows, SelectRowsArgs), MINFER_OPS_END
+MINFER_OP(rms_norm, RmsNormArgs), MINFER_OP(qk_norm, QkNormArgs), MINFER_OP(rotary, RotaryArgs),
+    MINFER_OP(silu_mul, ActMulArgs), MINFER_OP(argmax, ArgmaxArgs), MINFER_OP(select_rows, SelectRowsArgs), MINFER_OPS_END
 
 }  // namespace MINFER_ISA
 }  // namespace minfer

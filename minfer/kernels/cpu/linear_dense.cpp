@@ -4,6 +4,7 @@
 // Sums are float32 in an order fixed by k alone, so a row's result doesn't depend on its tile. bfloat16 makes one chain of
 // them; the wider types add up runs of kStretch inputs, because one long chain would lose more than half a digit of float32.
 #include "abi.h"
+#include "linear_args.h"
 #include "linear_rows.h"
 #include "linear_split.h"
 #include "linear_tile.h"
@@ -11,18 +12,6 @@
 
 namespace minfer::MINFER_ISA {
 namespace {
-
-struct LinearDenseArgs {
-  const void* x;
-  int64_t x_stride;  // elements
-  void* y;
-  int64_t y_stride;
-  const void* bias;  // [n] or null
-  int64_t rows;
-  int64_t dtype;  // of x, y, bias and W
-  const void* weight;
-  int64_t n, k;
-};
 
 constexpr int kStretch = 16;  // steps between fetches ahead
 // Where a panel is used once, nothing but memory matters: each load asks for what lies this many bytes on. Asking for as much

@@ -3,6 +3,7 @@
 //
 // Left out: splitting K over threads. Panels of 32 columns are plenty of work for the cores this is meant for.
 #include "abi.h"
+#include "linear_args.h"
 #include "linear_rows.h"
 #include "linear_split.h"
 #include "linear_tile.h"
@@ -11,17 +12,6 @@
 
 namespace minfer::MINFER_ISA {
 namespace {
-
-struct LinearQuantizedArgs {
-  const void* x;
-  int64_t x_stride;  // elements
-  void* y;
-  int64_t y_stride;
-  const void* bias;  // [n] or null
-  int64_t rows;
-  int64_t dtype;  // of x, y and bias
-  const QuantizedWeight* weight;
-};
 
 struct Product {
   const QuantizedWeight& w;

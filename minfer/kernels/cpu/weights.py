@@ -96,6 +96,11 @@ class CpuWeight(Weight):
         self.linear_into(x, bias, y)
         return y
 
+    @property
+    @abstractmethod
+    def address(self) -> tuple[bool, int]:
+        """Whether it is quantised, and where the kernels find it."""
+
     @abstractmethod
     def linear_into(self, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
         """y[T, N], rows of any stride, = x @ weight.T + bias."""
@@ -136,6 +141,10 @@ class CpuDenseWeight(CpuWeight):
     @property
     def nbytes(self) -> int:
         return self._data.nbytes
+
+    @property
+    def address(self) -> tuple[bool, int]:
+        return False, self._data.data_ptr()
 
     def linear_into(self, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
         runtime, (n, k) = self._kernels.runtime, self.shape
@@ -194,6 +203,10 @@ class CpuQuantizedWeight(CpuWeight):
     @property
     def nbytes(self) -> int:
         return self._panels.nbytes
+
+    @property
+    def address(self) -> tuple[bool, int]:
+        return True, self._struct.data_ptr()
 
     def linear_into(self, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
         runtime, k = self._kernels.runtime, self.shape[1]

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from minfer.kernels.ops import Backend, StackedWeight, Weight
+from minfer.kernels.ops import Backend, Experts, StackedWeight, Weight
 from minfer.kernels.reference.attention import attention
-from minfer.kernels.reference.elementwise import act_mul, argmax, rms_norm, rotary, write_kv
+from minfer.kernels.reference.elementwise import act_mul, argmax, qk_norm, rms_norm, rotary, write_kv
 from minfer.kernels.reference.linear import DenseWeight, DequantizedWeight
 from minfer.kernels.reference.lora import lora
+from minfer.kernels.reference.moe import LoopedExperts
 from minfer.quant import PackedWeight
 
 
@@ -23,6 +24,7 @@ class ReferenceBackend(Backend):
         self.keep_packed = keep_packed
 
     rms_norm = staticmethod(rms_norm)
+    qk_norm = staticmethod(qk_norm)
     rotary = staticmethod(rotary)
     write_kv = staticmethod(write_kv)
     attention = staticmethod(attention)
@@ -40,3 +42,6 @@ class ReferenceBackend(Backend):
     def stack(self, parts: Sequence[Weight]) -> Weight:
         dense = [part.tensor for part in parts if isinstance(part, DenseWeight)]
         return DenseWeight(torch.cat(dense)) if len(dense) == len(parts) else StackedWeight(parts)
+
+    def experts(self, gate_up: Sequence[Weight], down: Sequence[Weight]) -> Experts | str:
+        return LoopedExperts(gate_up, down)

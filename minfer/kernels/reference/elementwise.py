@@ -16,6 +16,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.
     return normed.to(h.dtype) * weight, h  # Llama rounds before it multiplies by the weight
 
 
+def qk_norm(q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float) -> None:
+    for heads, weight in ((q, q_weight), (k, k_weight)):
+        heads.copy_(rms_norm(heads, weight, eps)[0])
+
+
 def rotary(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> None:
     cos, sin = table[positions][:, None, :].to(q.dtype).chunk(2, dim=-1)  # [T, 1, D/2] each
     for x in (q, k):

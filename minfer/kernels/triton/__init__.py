@@ -25,6 +25,7 @@ from minfer.kernels.triton.linear_codes import TritonCodesWeight
 from minfer.kernels.triton.linear_dense import TritonDenseWeight
 from minfer.kernels.triton.linear_w8a8 import TritonRoundedWeight
 from minfer.kernels.triton.lora import lora
+from minfer.kernels.triton.qk_norm import qk_norm
 from minfer.kernels.triton.rms_norm import rms_norm
 from minfer.kernels.triton.rotary import rotary
 from minfer.kernels.triton.targets import Target
@@ -65,6 +66,7 @@ class TritonBackend(Backend):
         self.tuning = tuning or Tuning.of(self.target.architecture)
 
     rms_norm = staticmethod(rms_norm)
+    qk_norm = staticmethod(qk_norm)
     rotary = staticmethod(rotary)
     write_kv = staticmethod(write_kv)
     act_mul = staticmethod(act_mul)

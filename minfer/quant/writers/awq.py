@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,14 +24,14 @@ class AWQWriter(MatrixWriter):
             return "it has no order of inputs; use gptq, or act-order static"
         return "its layers take inputs as they are; use compressed-tensors" if self.layout.scheme.activation != "none" else ""
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self, plain: Sequence[str] = ()) -> dict[str, Any]:
         return {
             "quant_method": "awq",
             "bits": 4,
             "group_size": self.layout.scheme.group_size or -1,
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": ["lm_head"],
+            "modules_to_not_convert": ["lm_head", *plain],
         }
 
     @property

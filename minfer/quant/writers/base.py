@@ -7,6 +7,7 @@ of that format. What a format can't hold is refused when the writer is made, or 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -53,8 +54,8 @@ class MatrixWriter(ABC):
         """Why the format can't hold this layout, and what can; empty if it can."""
 
     @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """The `quantization_config`."""
+    def settings(self, plain: Sequence[str] = ()) -> dict[str, Any]:
+        """The `quantization_config`. plain: names of layers that stay as they are, as the head always does."""
 
     @abstractmethod
     def tensors(self, packed: PackedWeight, input_scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:

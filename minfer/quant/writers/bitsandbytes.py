@@ -6,6 +6,7 @@ The maxima aren't quantised a second time ("double quantisation" would save 0.37
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ class BitsAndBytesWriter(MatrixWriter):
             "" if scheme.element == "nf4" and scheme.activation == "none" else "it is written for nf4 only; use gptq or compressed-tensors"
         )
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self, plain: Sequence[str] = ()) -> dict[str, Any]:
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
@@ -33,7 +34,7 @@ class BitsAndBytesWriter(MatrixWriter):
             "bnb_4bit_use_double_quant": False,
             "bnb_4bit_compute_dtype": "bfloat16",
             "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": ["lm_head"],
+            "llm_int8_skip_modules": ["lm_head", *plain],
         }
 
     @property

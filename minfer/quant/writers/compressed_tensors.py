@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,14 +50,14 @@ class CompressedTensorsWriter(MatrixWriter):
             return ""
         return "it has integers, fp8 (e4m3), mxfp4, mxfp6, mxfp8 and nvfp4; use bitsandbytes for nf4"
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self, plain: Sequence[str] = ()) -> dict[str, Any]:
         group = {"targets": ["Linear"], "weights": self._weights(), "input_activations": self._inputs(), "output_activations": None}
         return {
             "quant_method": "compressed-tensors",
             "format": self.kind,
             "quantization_status": "compressed",
             "config_groups": {"group_0": group},
-            "ignore": ["lm_head"],
+            "ignore": ["lm_head", *plain],
             "kv_cache_scheme": None,
         }
 

@@ -5,6 +5,8 @@ Version 1 stores zero - 1. Zeros are never 0 here (algorithms/scales.py), so not
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ class GPTQWriter(MatrixWriter):
             return "it holds integers; use compressed-tensors or bitsandbytes"
         return "its layers take inputs as they are; use compressed-tensors" if self.layout.scheme.activation != "none" else ""
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self, plain: Sequence[str] = ()) -> dict[str, Any]:
         return {
             "quant_method": "gptq",
             "bits": self.layout.bits,
@@ -34,6 +36,7 @@ class GPTQWriter(MatrixWriter):
             "true_sequential": False,
             "checkpoint_format": "gptq",
             "pack_dtype": "int32",
+            **({"dynamic": {f"-:{re.escape(name)}$": {} for name in plain}} if plain else {}),
         }
 
     @property
