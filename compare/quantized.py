@@ -58,6 +58,7 @@ PAIRS: tuple[tuple[str, str], ...] = (
     ("GPTQ, 4 bits, a scale a row", "RTN, 4 bits, a scale a row"),
     ("AWQ, 4 bits, groups of 32, zero points", "RTN, 4 bits, groups of 32, zero points"),
     ("AWQ, 4 bits, groups of 64, zero points", "RTN, 4 bits, groups of 64, zero points"),
+    ("GPTQ, 3 bits, groups of 64, zero points", "RTN, 3 bits, groups of 64, zero points"),
     ("AWQ, 3 bits, groups of 64, zero points", "RTN, 3 bits, groups of 64, zero points"),
     ("GPTQ, 4 bits, groups of 32", "llama.cpp Q4_0"),
     ("GPTQ, 4 bits, groups of 64", "llama.cpp Q4_0"),
