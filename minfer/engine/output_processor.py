@@ -109,22 +109,23 @@ class OutputProcessor:
         for request, (start, vector) in step.pooled.items():
             self._pool(*self._home[request], start, vector)
             changed[self._home[request][0]] = None
-        news = []
+        news, home = [], self._home
         for item in step.plan.scheduled:
-            if not item.drawn:
+            request, tokens = item.request, item.drawn
+            if not tokens:
                 continue
-            group, sequence = self._home[item.request]
+            group, sequence = home[request]
             metrics = group.metrics
             if metrics.first_token_time is None:
                 metrics.first_token_time = now
             metrics.last_token_time = now
-            if not sequence.simple or item.request.finish_reason is not None:
-                self._take(group, sequence, item, step.logprobs.get(item.request, ()), finish)
+            if not sequence.simple or request.finish_reason is not None:
+                self._take(group, sequence, item, step.logprobs.get(request, ()), finish)
                 changed[group] = None
                 continue
-            metrics.num_output_tokens += len(item.drawn)
+            metrics.num_output_tokens += len(tokens)
             if group.kind == "delta":
-                news.append(self._news(group, sequence, item.drawn))
+                news.append(self._news(group, sequence, tokens))
             elif group.kind == "cumulative":
                 changed[group] = None
         return news + self._emit(changed, step.failed)

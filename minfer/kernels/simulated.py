@@ -10,7 +10,8 @@ makers' data sheets (dense, without sparsity); the gap of 1.3 us between kernels
 Research, "Look Ma, No Bubbles", 2025). What a launch costs the host depends on its processor: a compiled Triton kernel 11 us,
 a graph 10 us, a copy or an event 5 us are what is commonly measured, and can be changed.
 
-torch's own small operations on the step's index tensors are done for real, on the CPU. Left out: clocks that drop under load, kernels that
+torch's own small operations on the step's index tensors are done for real, on the CPU. What the simulation itself computes for a launch
+is done in the time that the launch is said to cost. Left out: clocks that drop under load, kernels that
 share the device, copies over the bus, whose bytes take no time here.
 """
 
@@ -94,10 +95,10 @@ class SimulatedDevice:
 
     def kernel(self, num_bytes: float, operations: float = 0.0, peak: str = "bf16") -> None:
         """Launches a kernel, or adds it to the graph that is being captured."""
-        gpu = self.gpu
+        begun, gpu = time.perf_counter(), self.gpu
         seconds = max(num_bytes / gpu.bandwidth, operations / getattr(gpu, peak)) + gpu.gap
         if self._recording is None:
-            self._host(gpu.launch)
+            self._host(begun, gpu.launch)
             self._queue(seconds)
         else:
             self._recording.seconds += seconds
@@ -120,20 +121,23 @@ class SimulatedDevice:
             self._recording = None
 
         def replay() -> Sequence[torch.Tensor]:
-            self._host(self.gpu.graph_launch)
-            self._queue(graph.seconds + (0.0 if graph.lengths is None else graph.per_token * int(graph.lengths.sum())))
+            begun = time.perf_counter()
+            seconds = graph.seconds + (0.0 if graph.lengths is None else graph.per_token * int(graph.lengths.sum()))
+            self._host(begun, self.gpu.graph_launch)
+            self._queue(seconds)
             return out
 
         return replay
 
     def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
         """Begins a copy to or on the device. Its bytes take no time, but those who come later find them there."""
-        self._host(self.gpu.call)
+        begun = time.perf_counter()
         to.copy_(source)
+        self._host(begun, self.gpu.call)
 
     def fetch(self, *tensors: torch.Tensor) -> Arrival:
         """Begins to bring tensors to the host, as `kernels/fetch.py` does."""
-        self._host((len(tensors) + 1) * self.gpu.call)
+        self._host(time.perf_counter(), (len(tensors) + 1) * self.gpu.call)
         done = self._free_at
 
         def wait() -> list[Any]:
@@ -142,9 +146,10 @@ class SimulatedDevice:
 
         return wait
 
-    def _host(self, seconds: float) -> None:
+    def _host(self, begun: float, seconds: float) -> None:
+        """The host is busy with a launch for so long, from `begun`."""
         self.launching += seconds
-        _wait_until(time.perf_counter() + seconds)
+        _wait_until(begun + seconds)
 
     def _queue(self, seconds: float) -> None:
         now = time.perf_counter()

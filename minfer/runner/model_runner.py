@@ -60,9 +60,8 @@ class ModelRunner:
         started = time.perf_counter()
         return self._run(self.builder.build(spans), newest, started)
 
-    @torch.inference_mode()
     def run_one_each(self, rows: Sequence[BatchRow], starts: list[int], newest: Newest | None = None) -> torch.Tensor:
-        """`run` of one token of each row, the one at `starts[r]`, with its logits: the decode step."""
+        """`run` of one token of each row, the one at `starts[r]`, with its logits: the decode step. To be called in inference mode."""
         started = time.perf_counter()
         known = newest is None or newest.at is not None
         return self._run(self.builder.build_one_each(rows, starts, known=known), newest, started)

@@ -95,11 +95,10 @@ class Sampler:
         """`draw`, and waits for what was drawn."""
         return self.draw(logits, rows).wait()
 
-    @torch.inference_mode()
     def draw(self, logits: Tensor, rows: _Rows) -> Drawn:
         """Picks a token for each row of `logits` [S, V] float32, which is used as working memory and left overwritten.
 
-        Raises `ConfigError` when shape, dtype or device aren't those the sampler was made for.
+        To be called in inference mode. Raises `ConfigError` when shape, dtype or device aren't those the sampler was made for.
         """
         self._check(logits, rows)
         if not rows:

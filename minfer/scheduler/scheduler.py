@@ -142,8 +142,9 @@ class Scheduler:
         if not output.preempted:
             self._admit_waiting(output, budget)
         for item in output.scheduled:
-            item.request.num_computed_tokens += item.num_new_tokens - len(item.drafts)
-            item.request.num_pending += item.samples
+            request = item.request
+            request.num_computed_tokens += item.num_new_tokens - len(item.drafts)
+            request.num_pending += item.samples
         self.stats.num_preemptions += len(output.preempted)
         self.stats.num_copied_blocks += len(output.copies)
         return output
@@ -213,20 +214,21 @@ class Scheduler:
                 assert self.pool.references(parent.block), "a cached block is in use but the block before it is not"
 
     def _continue_running(self, output: SchedulerOutput) -> int:
-        budget = self.max_num_batched_tokens
+        budget, size, scheduled = self.max_num_batched_tokens, self.block_size, output.scheduled
         for position, request in enumerate(self.running, 1):  # it may lose its last ones on the way
-            left = request.num_left
+            left, start, count = request.num_left, request.num_computed_tokens, 1
             if left == 1 and not request.draft_token_ids and request.pooling is None:
-                item = ScheduledRequest(request, request.num_computed_tokens, 1, True)
+                item = ScheduledRequest(request, start, 1, True)
             elif left:
                 output.one_each = False
                 item = self._share(request, left, budget, len(self.running) - position)
+                count = item.num_new_tokens
             else:
                 continue  # the token it waits for is its last
-            if item.start + item.num_new_tokens > len(request.blocks) * self.block_size and not self._make_room(item, output):
+            if start + count > len(request.blocks) * size and not self._make_room(item, output):
                 break  # it was last in order, and preempted itself
-            output.scheduled.append(item)
-            budget -= item.num_new_tokens
+            scheduled.append(item)
+            budget -= count
         return budget
 
     def _share(self, request: Request, left: int, budget: int, behind: int) -> ScheduledRequest:
