@@ -33,6 +33,13 @@ BATCHES = (1, 64, 256)
 PROMPT, OUTPUT = 256, 100
 VARIANTS: tuple[tuple[str, OutputKind], ...] = (("off", "delta"), ("on", "delta"), ("on", "final"))
 HARDEST = ("qwen2.5-0.5b", "int4")  # the shortest steps: whose parts are shown
+MORE_BATCH = 64
+NGRAM = {"speculative": "ngram", "ngram_min_match": 1, "num_draft_tokens": 4, "adaptive_drafts": False}
+# What requests may ask for beside, and what it is called: (temperature, settings).
+MORE: dict[str, tuple[float, dict[str, Any]]] = {
+    "drawn at temperature 0.8": (0.8, {}),
+    "4 n-gram drafts each, nearly all wrong": (0.0, NGRAM),
+}
 
 Case = dict[str, Any]
 
@@ -41,21 +48,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m compare.host_time", description=__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--gpus", nargs="+", default=("h200", "h100"))
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, choices=BATCHES)
     parser.add_argument("--from", dest="source", type=Path, help="make the page from an earlier run's file")
     options = parser.parse_args()
-    source = options.source or measure(options.models, options.gpus)
+    source = options.source or measure(options.models, options.gpus, options.batches)
     page = fill(PAGE.read_text(), tables(json.loads(source.read_text())))
     PAGE.write_text(page)
     print(f"{source} -> {PAGE}")
 
 
-def measure(models: Sequence[str], gpus: Sequence[str]) -> Path:
+def measure(models: Sequence[str], gpus: Sequence[str], batches: Sequence[int]) -> Path:
     target = ROOT / "results" / f"host-time-{time.strftime('%Y-%m-%d')}-{socket.gethostname()}.json"
     earlier: Iterable[Case] = json.loads(target.read_text())["cases"] if target.exists() else ()
     cases = {name_of(case): case for case in earlier}
-    for model, gpu, weights, batch in itertools.product(models, gpus, WEIGHTS, BATCHES):
-        for overlap, outputs in VARIANTS:
-            case = run(model, gpu, weights, batch, overlap, outputs)
+    for model, gpu, weights, batch in itertools.product(models, gpus, WEIGHTS, batches):
+        asked: list[tuple[str, OutputKind, float, dict[str, Any]]] = [(overlap, outputs, 0.0, {}) for overlap, outputs in VARIANTS]
+        if (model, weights, batch) == (*HARDEST, MORE_BATCH):
+            asked += [("auto" if settings else "on", "delta", temperature, settings) for temperature, settings in MORE.values()]
+        for overlap, outputs, temperature, settings in asked:
+            case = run(model, gpu, weights, batch, overlap, outputs, temperature, **settings)
             cases[name_of(case)] = case
             print(f"{model} {weights} on {gpu}, batch {batch}, overlap {overlap}, {outputs}: {case['step_ms']}", file=sys.stderr)
     versions = {"torch": torch.__version__}
@@ -64,15 +75,16 @@ def measure(models: Sequence[str], gpus: Sequence[str]) -> Path:
     return target
 
 
-def run(model: str, gpu: str, weights: str, batch: int, overlap: str, outputs: OutputKind) -> Case:
-    settings: dict[str, Any] = {"max_num_seqs": 256, "max_model_len": 1024, "tokenizer": "smollm2-135m"}
+def run(model: str, gpu: str, weights: str, batch: int, overlap: str, outputs: OutputKind, temperature: float = 0.0, **more: Any) -> Case:
+    settings: dict[str, Any] = {"max_num_seqs": 256, "max_model_len": 1024, "tokenizer": "smollm2-135m", **more}
     config = EngineConfig(model=model, quant=WEIGHTS[weights], overlap=overlap, **settings)  # type: ignore[arg-type]
     gc.unfreeze()  # the case before
-    return simulate(config, gpu, Shape(PROMPT, OUTPUT, batch), kind=outputs)
+    return simulate(config, gpu, Shape(PROMPT, OUTPUT, batch), temperature, kind=outputs)
 
 
 def name_of(case: Case) -> tuple[Any, ...]:
-    return case["model"], case["gpu"], case["weights"], case["batch_size"], case["overlap"], case["outputs"]
+    model = case["model"], case["gpu"], case["weights"], case["batch_size"]
+    return *model, case["overlap"], case["outputs"], case["temperature"], case["speculative"]
 
 
 def tables(results: Mapping[str, Any]) -> str:
@@ -97,7 +109,7 @@ def _steps(cases: Mapping[tuple[Any, ...], Case], gpu: str) -> list[str]:
         "|---" * 9 + "|",
     ]
     for model, weights, batch in itertools.product(MODELS, WEIGHTS, BATCHES):
-        keys = [(model, gpu, weights, batch, overlap == "on", outputs) for overlap, outputs in VARIANTS]
+        keys = [(model, gpu, weights, batch, overlap == "on", outputs, 0.0, "none") for overlap, outputs in VARIANTS]
         if not all(key in cases for key in keys):
             continue
         off, on, offline = (cases[key] for key in keys)
@@ -114,11 +126,17 @@ def _parts(cases: Mapping[tuple[Any, ...], Case]) -> list[str]:
         f"| ms of the host's time, {model} {weights} | {' | '.join(PARTS)} | all | of which launching |",
         "|---" * (len(PARTS) + 3) + "|",
     ]
-    for batch, (outputs, said) in itertools.product(BATCHES, (("delta", ""), ("final", ", offline"))):
-        case = cases.get((model, "h200", weights, batch, True, outputs))
+    shown = {
+        f"batch {batch}{said}": (batch, True, outputs, 0.0, "none")
+        for batch, (outputs, said) in itertools.product(BATCHES, (("delta", ""), ("final", ", offline")))
+    }
+    for said, (temperature, settings) in MORE.items():
+        shown[f"batch {MORE_BATCH}, {said}"] = (MORE_BATCH, not settings, "delta", temperature, settings.get("speculative", "none"))
+    for said, key in shown.items():
+        case = cases.get((model, "h200", weights, *key))
         if case is not None:
             cells = [_pair(case["host_parts_ms"][part]) for part in PARTS]
-            lines.append(f"| batch {batch}{said} | {' | '.join(cells)} | {_pair(case['host_ms'])} | {case['launch_ms'][0]:.3f} |")
+            lines.append(f"| {said} | {' | '.join(cells)} | {_pair(case['host_ms'])} | {case['launch_ms'][0]:.3f} |")
     return lines
 
 

@@ -51,6 +51,7 @@ def simulate(config: EngineConfig, gpu: str, shape: Shape, temperature: float = 
     engine, device = simulated_engine(config, find_gpu(gpu), _ELEMENTS[config.quant], tokenizer)
     measured = measure_host(engine, device, shape, temperature, kind)
     asked = {"gpu": gpu, "model": config.model, "weights": _ELEMENTS[config.quant], "overlap": engine.core.overlaps}
+    asked["speculative"] = config.speculative
     return {**asked, **vars(shape), "temperature": temperature, "outputs": kind, "text": tokenizer is not None, **measured}
 
 

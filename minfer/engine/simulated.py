@@ -31,12 +31,13 @@ _MEMORY_SHARE = 0.9
 
 
 def simulated_engine(config: EngineConfig, gpu: Gpu, element: str, tokenizer: Tokenizer | None = None) -> tuple[Engine, SimulatedDevice]:
-    """`element` is that of the matrices: bf16, fp8 or int4. Tokens are random ids that `tokenizer` knows, and its text noise.
+    """`element` is that of the matrices: bf16, fp8 or int4. Tokens are random ids that `tokenizer` knows, and its text noise,
+    in which n-gram drafts are found, and nearly always wrong.
 
     Raises ConfigError where the model doesn't fit the GPU, or the config asks for what can't be simulated.
     """
-    if config.speculative != "none":
-        raise ConfigError("drafts can't be simulated: how many are right depends on the model's words")
+    if config.speculative not in ("none", "ngram"):
+        raise ConfigError("only n-gram drafts can be simulated: others take a second model")
     if config.lora is not None:
         raise ConfigError("LoRA adapters can't be simulated yet; leave lora out")
     checkpoint = open_checkpoint(resolve_model(config.model, revision=config.revision, load_format="dummy"))

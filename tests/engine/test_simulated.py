@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from kernels.test_simulated import Clock
 
@@ -60,10 +62,28 @@ def test_with_overlap_the_device_does_not_see_what_the_host_does_between_steps(o
     assert max(idle[2:]) < 1e-3 if overlap == "on" else min(idle[2:]) >= 0.015
 
 
+def test_a_step_with_drafts_is_launched_kernel_by_kernel(clock: Clock) -> None:
+    """Two requests with three drafts each: eight rows through every kernel, and no graph."""
+    drafts = {"speculative": "ngram", "ngram_min_match": 1, "num_draft_tokens": 3, "adaptive_drafts": False}
+    config = EngineConfig(model="smollm2-135m", max_num_seqs=2, max_model_len=512, **drafts)  # type: ignore[arg-type]
+    engine, device = simulated_engine(config, dataclasses.replace(gpu_of(1e14), launch=1e-3), "bf16")
+    for name in "ab":
+        engine.add_request(name, {"prompt_token_ids": [1, 2] * 9}, SamplingParams(max_tokens=200, temperature=0, ignore_eos=True))
+    speculation = engine.core.speculation
+    assert speculation is not None
+    engine.step()  # the prompts
+    while speculation.stats.num_drafts < 20:
+        device.reset()
+        drafted = speculation.stats.num_draft_tokens
+        engine.step()
+        _, _, launching = device.reset()
+        assert (launching > 0.2) == (speculation.stats.num_draft_tokens > drafted), "30 layers of more than seven kernels each"
+
+
 def test_what_cannot_be_simulated_is_refused() -> None:
     with pytest.raises(ConfigError, match="bf16, fp8, int4"):
         simulated_engine(EngineConfig(model="smollm2-135m"), find_gpu("h100"), "int3")
     with pytest.raises(ConfigError, match="drafts"):
-        simulated_engine(EngineConfig(model="smollm2-135m", speculative="ngram"), find_gpu("h100"), "bf16")
+        simulated_engine(EngineConfig(model="smollm2-135m", speculative="skip"), find_gpu("h100"), "bf16")
     with pytest.raises(ConfigError, match="doesn't fit"):
         simulated_engine(EngineConfig(model="llama2-7b"), Gpu("small", GIB, 1e12, 1e15, 1e15), "bf16")
