@@ -306,7 +306,7 @@ def _drafts_forced(loaded: LoadedModel) -> bool:
 
 def _sampler(loaded: LoadedModel, processors: Sequence[LogitsProcessor]) -> Sampler:
     ops = loaded.ops
-    return Sampler(loaded.model_config.vocab_size, loaded.device, processors, ops.argmax, ops.sample, ops.fetch)
+    return Sampler(loaded.model_config.vocab_size, loaded.device, processors, ops.argmax, ops.sample, ops.fetch, ops.logprobs)
 
 
 def _builder(loaded: LoadedModel, adapters: int = 0) -> BatchBuilder:

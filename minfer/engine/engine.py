@@ -37,7 +37,7 @@ class Engine:
         self.tokenizer = tokenizer
         padded = tokenizer is not None and tokenizer.vocab_size < loaded.model_config.vocab_size
         own = [PaddedVocabulary(tokenizer.vocab_size)] if padded and tokenizer is not None else []
-        self.grammar_masks = GrammarMasks()
+        self.grammar_masks = GrammarMasks(forbid=loaded.ops.forbid, pinned=loaded.device.type == "cuda")
         # The grammar has the last word. What the caller's own processors look at isn't known, so steps wait for them.
         everybody = [*own, *processors, self.grammar_masks]
         masks = self.grammar_masks

@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -27,12 +27,20 @@ from minfer.sampling import SamplingRow
 
 logger = logging.getLogger("minfer.guided")
 
+Forbid = Callable[[Tensor, Tensor, Tensor | None], None]  # (logits [S, V], bits [R, W] on the host, rows [R] on the host or None)
+
 
 class GrammarMasks:
-    """The output must not hold tokens that other processors force against the grammar; bans beside it are refused up front."""
+    """The output must not hold tokens that other processors force against the grammar; bans beside it are refused up front.
 
-    def __init__(self, spare_matchers: int = 256) -> None:
+    `forbid` is the op table's, or None where masks are applied by torch. `pinned`: masks are filled in memory that a GPU reads by
+    itself, so that nobody waits for them to be on it.
+    """
+
+    def __init__(self, spare_matchers: int = 256, forbid: Forbid | None = None, *, pinned: bool = False) -> None:
         self._spare = spare_matchers
+        self._forbid = forbid
+        self._pinned = pinned
         self._followers: OrderedDict[tuple[int, int, int], _Follower] = OrderedDict()
         self._penalties: Tensor | None = None
         self._thread = ThreadPoolExecutor(1, "masks")  # starts no thread before there is a mask to fill
@@ -55,9 +63,13 @@ class GrammarMasks:
         allowed = self._end(rows)
         if allowed is None:
             allowed = self._allowed(rows, at)
-        if self._penalties is None or self._penalties.device != logits.device:
-            self._penalties = _penalties(logits.device)
-        _forbid(logits, at if len(at) < len(rows) else None, allowed, self._penalties)
+        masked = None if len(at) == len(rows) else torch.tensor(at, pin_memory=self._pinned)
+        if self._forbid is not None:
+            self._forbid(logits, allowed, masked)
+        else:
+            if self._penalties is None or self._penalties.device != logits.device:
+                self._penalties = _penalties(logits.device)
+            _forbid_by_table(logits, allowed, masked, self._penalties)
         while len(self._followers) > self._spare + len(at):
             self._followers.popitem(last=False)
         self.num_masks += len(at)
@@ -101,7 +113,7 @@ class GrammarMasks:
     def _fill(self, followers: list[_Follower]) -> Tensor:
         """[R, W] int32, on the host: bit i of a row says whether token i may come next. Zero where a matcher has failed."""
         library = followers[0].grammar.library  # one engine has one
-        bits = torch.zeros(len(followers), -(-library.num_tokens // 32), dtype=torch.int32)
+        bits = torch.zeros(len(followers), -(-library.num_tokens // 32), dtype=torch.int32, pin_memory=self._pinned)
         library.fill([follower.matcher for follower in followers], bits)
         for index, follower in enumerate(followers):
             if follower.astray:
@@ -168,18 +180,18 @@ def _penalties(device: torch.device) -> Tensor:
     return torch.where(bits == 1, 0.0, -math.inf).to(device)
 
 
-def _forbid(logits: Tensor, at: list[int] | None, allowed: Tensor, penalties: Tensor) -> None:
-    """Sets what `allowed` [R, W] doesn't name to -inf, in the rows `at` of `logits` [S, V], or in all.
+def _forbid_by_table(logits: Tensor, allowed: Tensor, rows: Tensor | None, penalties: Tensor) -> None:
+    """Sets what `allowed` [R, W] doesn't name to -inf, in the `rows` of `logits` [S, V], or in all.
 
     A table of bytes, because looking eight logits up and adding is several times faster than unpacking bits to fill by them.
     """
     by_eight = allowed.view(torch.uint8).to(logits.device).int()  # [R, 4W], lowest bit first: the same order on every little-endian machine
     added = torch.nn.functional.embedding(by_eight, penalties).view(len(allowed), -1)[:, : logits.shape[1]]  # [R, <= V]
     known = added.shape[1]
-    if at is None:
+    if rows is None:
         logits[:, :known] += added
         logits[:, known:] = -math.inf  # a padded vocabulary: its ids have no text
     else:
-        rows = torch.tensor(at, device=logits.device)
+        rows = rows.to(logits.device)
         logits[rows, :known] += added
         logits[rows, known:] = -math.inf

@@ -36,6 +36,8 @@ from minfer.quant import PackedWeight
 
 logger = logging.getLogger("minfer.kernels")
 
+_Logprobs = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+
 OP_NAMES = ("rms_norm", "qk_norm", "rotary", "write_kv", "attention", "act_mul", "argmax", "lora")
 
 
@@ -132,13 +134,17 @@ class Ops:
             implementation: Callable[..., Any] = getattr(backend, op)
             setattr(self, "_" + op, implementation)
             self.chosen[op] = backend.name
-        # (logits [S, V] float32, wishes [S, 5] float64: a number in [0, 1), temperature, top-k or 0, top-p, min-p) -> tokens [S] int64, -1
-        # where a row has no distribution. None where no backend has it: the sampler then composes the draw from torch operations.
-        sample = next((b for b in backends if hasattr(b, "sample")), None)
-        self.sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = getattr(sample, "sample", None)
+        # What the sampler can do without; None where no backend has it, and it composes the same from torch operations.
+        # sample: (logits [S, V] float32, wishes [S, 5] float64: a number in [0, 1), temperature, top-k or 0, top-p, min-p) -> tokens [S]
+        # int64, -1 where a row has no distribution.
+        self.sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = _optional(backends, "sample")
+        # logprobs: (logits [R, V] float32, tokens [R] int64, k) -> [R, 1 + k] float32, of the token and the k best, and [R, 1 + k] int64,
+        # how many logits rank before the token's and the ids of the best.
+        self.logprobs: _Logprobs | None = _optional(backends, "logprobs")
+        # forbid: (logits [S, V] float32, bits [R, W] int32, rows [R] int64 or None: all) sets what has no bit to -inf.
+        self.forbid: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None] | None = _optional(backends, "forbid")
         # Brings tensors to the host, see `fetch.py`; a backend that only plays a device has its own.
-        fetching = next((b for b in backends if hasattr(b, "fetch")), None)
-        self.fetch: Callable[..., Arrival] = getattr(fetching, "fetch", fetch)
+        self.fetch: Callable[..., Arrival] = _optional(backends, "fetch") or fetch
         logger.info("kernels: %s", ", ".join(f"{op}={name}" for op, name in self.chosen.items()))
 
     def check_kv_format(self, name: str) -> None:
@@ -267,6 +273,10 @@ class Ops:
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         """logits[S, V] -> the lowest id with the highest value, [S] int64."""
         return self._argmax(logits)  # type: ignore[attr-defined, no-any-return]
+
+
+def _optional(backends: Sequence[Backend], op: str) -> Any:
+    return next((getattr(backend, op) for backend in backends if hasattr(backend, op)), None)
 
 
 def _kind(weight: torch.Tensor | PackedWeight) -> str:

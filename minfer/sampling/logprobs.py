@@ -57,3 +57,11 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], ks: Sequence[int]) -> 
     found = (values.double() - norm[:, None]).float().tolist()
     rows = zip(tokens, found, ahead.tolist(), ks, top_ids.tolist(), strict=True)
     return [RowLogprobs(token_id, value, place + 1, ids[:k], top[:k]) for token_id, (value, *top), place, k, ids in rows]
+
+
+def listed_logprobs(
+    tokens: Sequence[int], values: Sequence[list[float]], ranks: Sequence[list[int]], ks: Sequence[int]
+) -> list[RowLogprobs]:
+    """The same from what the op table's `logprobs` found: of each row the token's value and place, and behind them those of the best."""
+    rows = zip(tokens, values, ranks, ks, strict=True)
+    return [RowLogprobs(token, own, ahead + 1, ids[:k], top[:k]) for token, (own, *top), (ahead, *ids), k in rows]

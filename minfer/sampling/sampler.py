@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from minfer.errors import ConfigError
 from minfer.kernels.fetch import Arrival, fetch
 from minfer.sampling.draw import Filters, draw_by_id, draw_by_rank, weigh
-from minfer.sampling.logprobs import RowLogprobs, token_logprobs
+from minfer.sampling.logprobs import RowLogprobs, listed_logprobs, token_logprobs
 from minfer.sampling.penalties import Penalties
 from minfer.sampling.processors import BadWords, LogitBias, LogitsProcessor, MinTokens, SamplingRow
 from minfer.sampling.ranking import block_maxima, block_sums, first_argmax, kth_bound, rank
@@ -65,7 +66,8 @@ class Sampler:
 
     `processors` run after the built-in ones, in order, on every call. `argmax` is the op table's: logits [S, V] -> the lowest
     best ids [S]. `draw` is the op table's `sample`, or None where every draw is composed from torch operations. `fetch` is the op
-    table's way of bringing what was drawn to the host.
+    table's way of bringing what was drawn to the host. `score` is its `logprobs`, or None where torch computes them when the tokens
+    have come.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Sampler:
         argmax: Callable[[Tensor], Tensor] | None = None,
         draw: Callable[[Tensor, Tensor], Tensor] | None = None,
         fetch: Callable[..., Arrival] = fetch,
+        score: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         if vocab_size < 1:
             raise ConfigError(f"vocab_size must be at least 1, not {vocab_size}")
@@ -86,6 +89,7 @@ class Sampler:
         self._argmax = argmax
         self._draw = draw
         self._fetch = fetch
+        self._score = score
         self._uniforms = UniformsAhead()
         self._rows: _Rows = ()  # of the last call
         self._plain = False  # whether all of them are
@@ -108,7 +112,7 @@ class Sampler:
         if self._argmax is not None and self._plain:
             return self._take_the_best(logits, rows, self._argmax)
         scored = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
-        raw = logits[scored] if scored else None
+        raw = _copied(logits, scored) if scored else None
         for processor in self.processors:
             processor(logits, rows)
         uniforms = self._uniforms((row.seed, row.position) for row in rows)
@@ -118,19 +122,13 @@ class Sampler:
             maxima = block_maxima(logits)
             best = maxima.amax(-1)
             tokens = torch.where(best.isfinite(), self._pick(logits, maxima, best, rows, uniforms), -1)
-        arrival = self._fetch(tokens)
-        return Drawn(tokens.clamp(min=0), lambda: self._scored(arrival()[0], raw, scored, rows))
-
-    def _scored(self, tokens: list[int], raw: Tensor | None, scored: list[int], rows: _Rows) -> SamplerOutput:
-        """The tokens with the log-probabilities of those rows that want them, from their logits as they were."""
-        failed = [index for index, token in enumerate(tokens) if token < 0]
-        tokens = [max(token, 0) for token in tokens] if failed else tokens
-        logprobs: list[RowLogprobs | None] = [None] * len(rows)
-        if raw is not None:
-            ks = [rows[index].params.logprobs or 0 for index in scored]
-            for index, found in zip(scored, token_logprobs(raw, [tokens[index] for index in scored], ks), strict=True):
-                logprobs[index] = found
-        return SamplerOutput(tokens, logprobs, failed)
+        drawn = tokens.clamp(min=0)
+        ks = [rows[index].params.logprobs or 0 for index in scored]
+        if raw is not None and self._score is not None:
+            arrival = self._fetch(tokens, *self._score(raw, _copied(drawn, scored), min(max(ks), self.vocab_size)))
+        else:
+            arrival = self._fetch(tokens)
+        return Drawn(drawn, lambda: _with_logprobs(arrival(), raw, scored, ks, len(rows)))
 
     def _take_the_best(self, logits: Tensor, rows: _Rows, argmax: Callable[[Tensor], Tensor]) -> Drawn:
         """The usual greedy batch, where at batch 1 every tensor call that can be left out shows in the time of a step."""
@@ -173,6 +171,26 @@ class Sampler:
                 f"the sampler was made for float32 logits of shape [{len(rows)}, {self.vocab_size}] on {self.device}, "
                 f"not {logits.dtype} {list(logits.shape)} on {logits.device}"
             )
+
+
+def _with_logprobs(arrived: list[Any], raw: Tensor | None, scored: list[int], ks: list[int], count: int) -> SamplerOutput:
+    """The tokens with the log-probabilities of the rows `scored`: as they arrived with them, or from those rows' logits as they were."""
+    tokens: list[int] = arrived[0]
+    failed = [index for index, token in enumerate(tokens) if token < 0]
+    tokens = [max(token, 0) for token in tokens] if failed else tokens
+    logprobs: list[RowLogprobs | None] = [None] * count
+    if raw is not None:
+        of_rows = [tokens[index] for index in scored]
+        found = token_logprobs(raw, of_rows, ks) if len(arrived) == 1 else listed_logprobs(of_rows, arrived[1], arrived[2], ks)
+        for index, one in zip(scored, found, strict=True):
+            logprobs[index] = one
+    return SamplerOutput(tokens, logprobs, failed)
+
+
+def _copied(values: Tensor, rows: list[int]) -> Tensor:
+    if len(rows) == len(values):
+        return values.clone()
+    return values[torch.tensor(rows).to(values.device, non_blocking=True)]
 
 
 def _argmax(logits: Tensor, maxima: Tensor, best: Tensor, rows: _Rows, uniforms: list[float]) -> Tensor:

@@ -7,34 +7,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
+from kernels.draws import allowed, logits_of
 
 from minfer.errors import ConfigError
 from minfer.kernels.cpu import CpuBackend
-
-Row = NDArray[np.float64]
-SLACK = 1e-5  # of the mass: within it of a boundary, float32 weights may choose the neighbour
-
-
-def draw(logits: Row, uniform: float, temperature: float, top_k: int, top_p: float, min_p: float) -> int:
-    """One token by the definition: filters in the order top-k, top-p, min-p over ranks; without any, in id order."""
-    if temperature == 0:
-        return int(logits.argmax())
-    weights = np.exp((logits - logits.max()) / temperature)
-    order = np.arange(len(logits))
-    if top_k or top_p < 1 or min_p:
-        order = np.lexsort((order, -logits))[: top_k or None]
-        total = weights[order].sum() if top_k else weights.sum()
-        weights = weights[order]
-        before = np.cumsum(weights) - weights
-        kept = ((before < top_p * total) | (top_p >= 1)) & (weights >= min_p)
-        order, weights = order[kept], weights[kept]
-    return int(order[np.searchsorted(np.cumsum(weights), uniform * weights.sum(), side="right").clip(max=len(order) - 1)])
-
-
-def logits_of(rows: int, width: int, spread: float, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(rows, width + 3, generator=generator) * spread)[:, :width]
 
 
 @pytest.mark.parametrize("width", [1, 2, 63, 64, 65, 200, 5000])
@@ -46,20 +22,17 @@ def test_draws(cpu: CpuBackend, width: int, spread: float) -> None:
     logits = logits_of(len(wishes), width, spread, width)
     tokens = cpu.sample(logits, torch.tensor(wishes, dtype=torch.float64)).tolist()
     for row, wish, token in zip(logits.double().numpy(), wishes, tokens, strict=True):
-        u, t, k, p, m = wish
-        shifts = itertools.product((-SLACK, 0, SLACK), (-SLACK, 0, SLACK))
-        allowed = {draw(row, min(max(u + du, 0), 1), t, int(k) if k < width else 0, p + dp if p < 1 else 1, m) for du, dp in shifts}
-        assert token in allowed, wish
+        assert token in allowed(row, wish), wish
 
 
 def test_a_draw_is_never_a_masked_token_and_never_past_the_end(cpu: CpuBackend) -> None:
     logits = logits_of(4, 130, 2.0, 1)
-    allowed = [3, 64, 129]
-    logits[:, [i for i in range(130) if i not in allowed]] = -torch.inf
+    left = [3, 64, 129]
+    logits[:, [i for i in range(130) if i not in left]] = -torch.inf
     largest = np.nextafter(1.0, 0.0)
     wishes = [(largest, 1.0, 0.0, 1.0, 0.0), (largest, 1.0, 50.0, 1.0, 0.0), (largest, 1.0, 0.0, 0.999, 0.0), (0.0, 1e-35, 0.0, 1.0, 0.0)]
     for token in cpu.sample(logits, torch.tensor(wishes, dtype=torch.float64)).tolist():
-        assert token in allowed
+        assert token in left
 
 
 def test_greedy_takes_the_lowest_id_among_equals(cpu: CpuBackend) -> None:

@@ -40,6 +40,29 @@ def test_over_a_quantised_cache(tiny_llama: Path, kv: str) -> None:
     assert tokens(tiny_llama, "triton", **settings) == tokens(tiny_llama, "reference", **settings)
 
 
+def test_draws_masks_and_logprobs_are_the_references(tiny_llama: Path) -> None:
+    """A top-k of four hundred digits means all, and must not become a number of the device's."""
+    wishes: list[dict[str, Any]] = [
+        {"top_k": 10**400, "logprobs": 2},
+        {"top_k": 30, "top_p": 0.9, "logprobs": 0},
+        {"structured_outputs": {"regex": "[a-f]+"}, "min_p": 0.01},
+    ]
+    params = [SamplingParams(temperature=0.8, seed=seed, max_tokens=3, **wish) for seed, wish in enumerate(wishes)]
+    outputs = []
+    for backend in ("reference", "triton"):
+        llm = LLM(str(tiny_llama), backend=backend, dtype="float32", device=DEVICE.type, max_model_len=128, kv_cache_memory=2**20)
+        ops = llm.engine.core.loaded.ops
+        assert all((op is not None) == (backend == "triton") for op in (ops.sample, ops.logprobs, ops.forbid))
+        generated = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], params, use_tqdm=False)
+        outputs.append([output.outputs[0] for output in generated])
+    for expected, got in zip(*outputs, strict=True):
+        assert got.token_ids == expected.token_ids
+        for before, after in zip(expected.logprobs or [], got.logprobs or [], strict=True):
+            assert list(after) == list(before)
+            assert [one.logprob for one in after.values()] == pytest.approx([one.logprob for one in before.values()], abs=1e-4)
+            assert [one.rank for one in after.values()] == [one.rank for one in before.values()]
+
+
 def test_with_windows_biases_and_a_tied_head(make_checkpoint: Callable[..., Path]) -> None:
     folder = make_checkpoint("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1, tie_word_embeddings=True)
     assert tokens(folder, "triton") == tokens(folder, "reference")

@@ -21,13 +21,16 @@ from minfer.kernels.triton.act_mul import act_mul
 from minfer.kernels.triton.argmax import argmax
 from minfer.kernels.triton.attention import attention
 from minfer.kernels.triton.checks import FLOATS
+from minfer.kernels.triton.forbid import forbid
 from minfer.kernels.triton.linear_codes import TritonCodesWeight
 from minfer.kernels.triton.linear_dense import TritonDenseWeight
 from minfer.kernels.triton.linear_w8a8 import TritonRoundedWeight
+from minfer.kernels.triton.logprobs import logprobs
 from minfer.kernels.triton.lora import lora
 from minfer.kernels.triton.qk_norm import qk_norm
 from minfer.kernels.triton.rms_norm import rms_norm
 from minfer.kernels.triton.rotary import rotary
+from minfer.kernels.triton.sample import sample
 from minfer.kernels.triton.targets import Target
 from minfer.kernels.triton.tuning import Tuning
 from minfer.kernels.triton.write_kv import write_kv
@@ -72,6 +75,9 @@ class TritonBackend(Backend):
     act_mul = staticmethod(act_mul)
     argmax = staticmethod(argmax)
     lora = staticmethod(lora)
+    sample = staticmethod(sample)
+    logprobs = staticmethod(logprobs)
+    forbid = staticmethod(forbid)
 
     def attention(
         self,

@@ -93,6 +93,7 @@ def _specialize(function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 _TYPES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -186,6 +187,16 @@ def drift(reports: dict[str, dict[str, Report]], budget: Report) -> list[str]:
     return found
 
 
+def _joined(budget: Report, reports: dict[str, dict[str, Report]], only: str) -> dict[str, dict[str, Report]]:
+    """The budget's kernels with these reports in place of those that a case named like `only` had, for their targets."""
+    if budget["triton"] != triton.__version__ and only:
+        raise ConfigError(f"the budget is of Triton {budget['triton']}: update it without --only")
+    compiled = {target for by_target in reports.values() for target in by_target}
+    stale = {label: {t: r for t, r in by.items() if only not in label or t not in compiled} for label, by in budget["kernels"].items()}
+    kernels = {label: stale.get(label, {}) | reports.get(label, {}) for label in {*stale, *reports}}
+    return {label: by_target for label, by_target in kernels.items() if by_target}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m minfer.kernels.triton.aot", description="Compiles every kernel for GPUs that aren't here."
@@ -193,7 +204,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--check", action="store_true", help="fail where the result differs from budgets.json")
-    parser.add_argument("--update", action="store_true", help="write budgets.json and docs/kernels-gpu.md")
+    parser.add_argument("--update", action="store_true", help="write budgets.json and docs/kernels-gpu.md, with what was compiled")
     parser.add_argument("--one-target", choices=TARGETS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one_target:
@@ -209,7 +220,7 @@ def main() -> None:
     if options.update:
         from minfer.kernels.triton.aot_page import write_page
 
-        budget = {"triton": triton.__version__, "kernels": reports}
+        budget = {"triton": triton.__version__, "kernels": _joined(json.loads(BUDGETS.read_text()), reports, options.only)}
         BUDGETS.write_text(json.dumps(budget, indent=1, sort_keys=True) + "\n")
         write_page(budget)
     if found:

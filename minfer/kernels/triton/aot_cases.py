@@ -119,6 +119,9 @@ CASES: dict[str, Case] = {
     **{f"write_kv, {name}": _write_kv(dtype) for name, dtype in QUANTISED_KV.items()},
     "act_mul": lambda backend: backend.act_mul(meta(64, 2 * 14336), "silu"),
     "argmax": lambda backend: backend.argmax(meta(64, 128256, dtype=torch.float32)),
+    "sample": lambda backend: backend.sample(meta(64, 128256, dtype=torch.float32), meta(64, 5, dtype=torch.float64)),
+    "logprobs": lambda backend: backend.logprobs(meta(64, 128256, dtype=torch.float32), meta(64, dtype=torch.int64), 20),
+    "forbid": lambda backend: backend.forbid(meta(64, 128256, dtype=torch.float32), meta(64, 4008, dtype=torch.int32)),
     "embedding": lambda backend: backend.prepare(meta(128256, 4096), DTYPE).embedding(meta(64, dtype=torch.int32)),  # type: ignore[union-attr]
     "attention, prompt": _attention(512, 512, 4),
     "attention, 64 sequences": _attention(1, 4096, 64),
