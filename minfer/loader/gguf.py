@@ -12,6 +12,7 @@ come out as nonsense in every engine that goes by the architecture.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import re
@@ -22,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minfer.config import ModelConfig
+from minfer.config import MAX_EXPERTS, ModelConfig
 from minfer.errors import ModelLoadError
 from minfer.loader.check import check_tensors
 from minfer.loader.checkpoint import Checkpoint, ModelSource, TensorInfo
@@ -92,17 +93,34 @@ class GGUFCheckpoint(Checkpoint):
 
 
 def _by_hf_name(header: GGUFHeader) -> dict[str, GGUFTensor]:
-    tensors = {}
+    tensors: dict[str, GGUFTensor] = {}
+    arch = header.metadata["general.architecture"]
     for name, tensor in header.tensors.items():
-        new_name = hf_name(name)
-        if new_name is not None:
-            tensors[new_name] = tensor
+        new_name = hf_name(name, arch)
+        if new_name is not None and "{}" in new_name:
+            tensors |= {new_name.format(expert): part for expert, part in enumerate(_of_each_expert(name, tensor))}
+        elif new_name is not None:
+            # The gate of a shared expert is a matrix of one row to everybody else.
+            one_row = new_name.endswith("shared_expert_gate.weight") and len(tensor.shape) == 1
+            tensors[new_name] = dataclasses.replace(tensor, shape=(1, *tensor.shape)) if one_row else tensor
         elif name != FREQ_FACTORS:
-            arch = header.metadata["general.architecture"]
             raise ModelLoadError(
                 f"{tensor.file}: tensor {name!r} {list(tensor.shape)} has no place in a {arch} model; that variant is not supported"
             )
     return tensors
+
+
+def _of_each_expert(name: str, tensor: GGUFTensor) -> list[GGUFTensor]:
+    """A tensor [E, N, K] as E matrices, which lie one behind the other."""
+    if len(tensor.shape) != 3 or tensor.shape[0] > MAX_EXPERTS:
+        raise ModelLoadError(
+            f"{tensor.file}: tensor {name!r} {list(tensor.shape)} must hold a matrix for each of up to {MAX_EXPERTS} experts: [E, N, K]"
+        )
+    size = tensor.num_bytes // tensor.shape[0]
+    return [
+        dataclasses.replace(tensor, shape=tensor.shape[1:], offset=tensor.offset + expert * size, num_bytes=size)
+        for expert in range(tensor.shape[0])
+    ]
 
 
 def split_parts(path: Path) -> list[Path]:

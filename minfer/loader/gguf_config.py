@@ -4,7 +4,10 @@ The result is a `config.json`-style dictionary, so that `ModelConfig.from_hf` st
 header says less than a config.json: whether the head is tied and where biases are follows from which tensors exist, and Llama 3's
 frequency scaling comes as a tensor of divisors (`rope_freqs.weight`), given here as `rope_freq_factors`.
 
-Left out: mixtures of experts, partial rotary embeddings, and per-layer head counts, which are refused by name.
+A mixture of experts has each kind of its matrices as one tensor [E, N, K]; the name given for it has a place, {}, for the expert's number.
+
+Left out: partial rotary embeddings and per-layer head counts, which are refused by name, and files from before 2024-04 with a tensor for
+each expert.
 """
 
 from __future__ import annotations
@@ -16,8 +19,14 @@ from typing import Any
 
 from minfer.errors import ModelLoadError
 
-# llama.cpp's converter files Mistral under "llama" too; the two differ only in the sliding window.
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+# llama.cpp's converter files Mistral and Mixtral under "llama" too, which differ in the sliding window and in having experts.
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2moe": "Qwen2MoeForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
+}
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -25,19 +34,38 @@ LAYER_NAMES = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+MIXTRAL_NAMES = {
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+}
+QWEN_MOE_NAMES = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+}
 LAYER_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.([a-z_]+)\.(weight|bias)")
 
 
-def hf_name(name: str) -> str | None:
+def hf_name(name: str, arch: str) -> str | None:
     """`blk.0.attn_q.weight` -> `model.layers.0.self_attn.q_proj.weight`; None for a name that these architectures don't have."""
     match = LAYER_TENSOR.fullmatch(name)
-    if match and match[2] in LAYER_NAMES:
-        return f"model.layers.{match[1]}.{LAYER_NAMES[match[2]]}.{match[3]}"
+    names = {**LAYER_NAMES, **(MIXTRAL_NAMES if arch == "llama" else QWEN_MOE_NAMES if arch.endswith("moe") else {})}
+    if match and match[2] in names:
+        return f"model.layers.{match[1]}.{names[match[2]]}.{match[3]}"
     stem, _, kind = name.rpartition(".")
     return f"{TOP_NAMES[stem]}.{kind}" if stem in TOP_NAMES else None
 
@@ -48,8 +76,7 @@ def hf_config(metadata: Mapping[str, Any], tensor_names: Collection[str], embedd
     if arch not in ARCHITECTURES:
         raise ModelLoadError(f"GGUF architecture {arch!r} is not supported yet; supported are {', '.join(ARCHITECTURES)}")
     keys = _Keys(metadata, arch)
-    if keys.integer("expert_count", 0):
-        raise ModelLoadError("the file holds a mixture of experts, which is not supported yet")
+    experts = _experts(keys, arch)
     heads, hidden = keys.integer("attention.head_count"), keys.integer("embedding_length")
     head_dim = keys.integer("attention.key_length", hidden // max(heads, 1))
     for name in ("attention.value_length", "rope.dimension_count"):
@@ -58,11 +85,15 @@ def hf_config(metadata: Mapping[str, Any], tensor_names: Collection[str], embedd
     tokens = metadata.get("tokenizer.ggml.tokens")
     window = keys.integer("attention.sliding_window", 0)
     layer_kinds = {match[2] + "." + match[3] for match in map(LAYER_TENSOR.fullmatch, tensor_names) if match}
+    family = ARCHITECTURES[arch]
+    if arch == "llama":
+        family = "MixtralForCausalLM" if experts else "MistralForCausalLM" if window else family
     return {
-        "architectures": ["MistralForCausalLM" if arch == "llama" and window else ARCHITECTURES[arch]],
+        "architectures": [family],
+        **experts,
         "vocab_size": len(tokens) if isinstance(tokens, list) else embedding_rows,
         "hidden_size": hidden,
-        "intermediate_size": keys.integer("feed_forward_length"),
+        "intermediate_size": keys.integer("feed_forward_length", experts.get("moe_intermediate_size")),
         "num_hidden_layers": keys.integer("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
@@ -83,6 +114,18 @@ def hf_config(metadata: Mapping[str, Any], tensor_names: Collection[str], embedd
         # Of a sequence, and of a turn or a message where the file tells them apart (Llama 3).
         "eos_token_id": _token_ids(metadata, "eos", "eot", "eom"),
     }
+
+
+def _experts(keys: _Keys, arch: str) -> dict[str, Any]:
+    """What says how many experts there are and how they are chosen, which llama.cpp knows by the architecture; empty without any."""
+    if not arch.endswith("moe") and not keys.integer("expert_count", 0):
+        return {}
+    values: dict[str, Any] = {"num_local_experts": keys.integer("expert_count"), "num_experts_per_tok": keys.integer("expert_used_count")}
+    if arch.endswith("moe"):
+        values |= {"moe_intermediate_size": keys.integer("expert_feed_forward_length"), "norm_topk_prob": arch == "qwen3moe"}
+    if arch == "qwen2moe":
+        values["shared_expert_intermediate_size"] = keys.integer("expert_shared_feed_forward_length")
+    return values
 
 
 def _token_ids(metadata: Mapping[str, Any], *names: str) -> list[int]:

@@ -123,8 +123,10 @@ def _generation(model: ModelConfig) -> dict[str, Any]:
 
 def hf_config(model: ModelConfig) -> dict[str, Any]:
     """A `config.json` for a model that came without one (GGUF). Raises ModelLoadError for what Hugging Face's can't say."""
+    if model.moe is not None:
+        raise ModelLoadError("a GGUF model with experts can't be written as a Hugging Face config; quantise its folder")
     windows = set(model.sliding_windows)
-    if len(windows) > 1 or (windows and model.architecture == "Qwen2ForCausalLM"):
+    if len(windows) > 1 or (windows and model.architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM")):
         raise ModelLoadError(
             "a GGUF model with sliding windows in some layers can't be written as a Hugging Face config; quantise its folder"
         )

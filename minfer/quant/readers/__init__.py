@@ -48,7 +48,7 @@ METHODS: dict[str, Callable[[Settings], MatrixReader]] = {
 }
 # Methods known by name that need more than unpacking, and what to use instead.
 INSTEAD = {
-    "mxfp4": "it is gpt-oss's format for experts, and mixture-of-experts models are not supported yet",
+    "mxfp4": "it is the format of gpt-oss, a family that is not supported yet",
     "exl3": "only ExLlamaV3 runs its trellis codes; use a GPTQ, AWQ or GGUF checkpoint of the model",
     "quanto": "use --quant int8 or int4 on the original model",
     "eetq": "use --quant int8 on the original model",
