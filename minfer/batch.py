@@ -25,6 +25,9 @@ in both, so a token's result is the same bits whether it was drafted in a chain,
 
 Requests may each want another LoRA adapter. `lora` says which rows go through which one; without it, all go through the model as it is.
 
+`shared` lets a kernel read what all requests begin with once, not once for each; whoever ignores it computes the same. Those tokens fill
+their blocks, and are older than every new one.
+
 It is an argument of every call that needs it: nothing about a step is global.
 """
 
@@ -72,6 +75,8 @@ class Batch:
     tails: torch.Tensor | None = None  # [R, 1 + D] int64: a position, and the slots of the keys from there on; None without branches
     lora: LoraRows | None = None  # None where no row has an adapter
     padded: Batch | None = None  # the same step where a CUDA graph finds it (`runner/upload.py`); None where no graph serves it
+    shared: torch.Tensor | None = None  # [1] int32: leading tokens that all requests have in the same blocks; None: not worth a thought
+    shared_host: int = 0  # the same number
 
     # `tails[r, 0]` of a row all of whose keys lie where the block table says.
     NO_TAIL: ClassVar[int] = 2**62

@@ -77,6 +77,11 @@ class EngineConfig:
     max_num_batched_tokens: int = option(2048, "Token budget of one step, shared by prompts and running sequences.")
     max_prefill_chunk: int | None = option(None, "Most prompt tokens one sequence may take from a step (default: the whole budget).")
     prefix_caching: bool = option(True, "Keep the KV of finished prompts and reuse it for requests that begin the same way.")
+    shared_prefix: int = option(
+        8192,
+        "Where all sequences of a step begin with the same cached blocks, attend to those once for all of them if that saves reading at "
+        "least so many tokens' keys and values (GPUs; 0: never).",
+    )
     policy: PolicyName = option(
         "fcfs", "Order of admission and preemption: fcfs, priority (lower runs first), or fair (API keys take turns, by tokens)."
     )
@@ -138,6 +143,8 @@ class EngineConfig:
         for name in ("threads", "max_model_len", "kv_cache_memory", "max_prefill_chunk"):
             if getattr(self, name) is not None:
                 self._at_least_one(name)
+        if self.shared_prefix < 0:
+            self._fail("shared_prefix", "must be at least 0")
         if self.block_size > 1024 or self.block_size & (self.block_size - 1):
             self._fail("block_size", "must be a power of two up to 1024")
         if (self.speculative == "draft") != (self.draft_model is not None):

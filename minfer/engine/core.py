@@ -316,7 +316,9 @@ def _builder(loaded: LoadedModel, adapters: int = 0) -> BatchBuilder:
     if config.draft_top_k > 1:  # a draft that branches off is a row of its own
         rows, depth = min(config.max_num_batched_tokens, rows * (1 + config.num_draft_tokens)), config.num_draft_tokens
     sizes = (config.max_num_batched_tokens, rows, loaded.max_model_len, config.block_size)
-    return BatchBuilder(*sizes, loaded.device, depth, adapters, buckets(config.max_num_seqs) if _on_gpu(loaded) else ())
+    padded = buckets(config.max_num_seqs) if _on_gpu(loaded) else ()
+    shared = config.shared_prefix if loaded.ops.chosen["attention"] == "triton" else 0  # others don't look at it
+    return BatchBuilder(*sizes, loaded.device, depth, adapters, padded, shared_prefix=shared)
 
 
 def _on_gpu(loaded: LoadedModel) -> bool:
@@ -366,8 +368,6 @@ def _check_branching(loaded: LoadedModel, draft: object) -> None:
         raise ConfigError("draft_top_k above 1 needs an EAGLE, EAGLE-3 or Medusa head as draft_model: others draft one token a place")
     if draft.config.vocab_size < loaded.config.draft_top_k:
         raise ConfigError(f"draft_top_k {loaded.config.draft_top_k} is more than the {draft.config.vocab_size} ids that the head knows")
-    if loaded.ops.chosen["attention"] == "triton":
-        raise ConfigError("draft_top_k above 1 needs an attention that knows drafts which branch, and the triton one doesn't yet")
 
 
 def _wants_scores(item: ScheduledRequest) -> bool:

@@ -236,13 +236,15 @@ class Ops:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Causal attention of q[T, Hq, D] over each request's own cached tokens; [T, Hq, D].
 
         Query i of a request stands at position seq_len - query_len + i and sees keys j <= that position, and with a window
         only those with position - j < window. Head h reads KV head h // (Hq / Hk). softcap: c * tanh(score / c).
+        sinks[Hq] float32: a score of each head that joins its softmax's denominator and has no value (gpt-oss).
         """
-        return self._attention(q, cache, batch, scale, window, softcap)  # type: ignore[attr-defined, no-any-return]
+        return self._attention(q, cache, batch, scale, window, softcap, sinks)  # type: ignore[attr-defined, no-any-return]
 
     def act_mul(self, x: torch.Tensor, kind: str) -> torch.Tensor:
         """x[T, 2I] = gate | up -> act(gate) * up, [T, I]. kind: silu."""

@@ -263,7 +263,14 @@ class SimulatedBackend(Backend):
         self.device.kernel(2.0 * 2 * (k.numel() + v.numel()))
 
     def attention(
-        self, q: torch.Tensor, cache: LayerCache, batch: Batch, scale: float, window: int | None = None, softcap: float | None = None
+        self,
+        q: torch.Tensor,
+        cache: LayerCache,
+        batch: Batch,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         tokens, heads, dim = q.shape
         row, own = 2.0 * cache.kv_heads * cache.format.row_bytes(dim), 4.0 * q.numel()

@@ -73,6 +73,7 @@ class _Buffers:
             "block_tables": buffer(max_requests, max_blocks),
             "logits_at": buffer(max_tokens, dtype=torch.int64),
             "tails": buffer(max_requests, 1 + max_tail, dtype=torch.int64),
+            "shared": buffer(1),
         }
         self.lora = LoraBuffers.empty(max_tokens, adapters) if adapters else None
         self.arrays = {name: tensor.numpy() for name, tensor in self.tensors.items()}
@@ -85,14 +86,17 @@ class _Buffers:
         self.arrays["block_tables"][row, begin : len(table)] = table[begin:]
         self.tables[row], self.filled[row] = table, len(table)
 
-    def views(self, tokens: int, requests: int, blocks: int, logits: int) -> dict[str, torch.Tensor]:
+    def views(self, tokens: int, requests: int, blocks: int, logits: int, shared: int) -> dict[str, torch.Tensor]:
         """The beginnings of the tensors that hold so much; the same objects while a batch keeps its shape."""
-        sizes = (tokens, requests, blocks, logits)
+        self.arrays["shared"][0] = shared
+        sizes = (tokens, requests, blocks, logits, min(shared, 1))
         if self._views[0] != sizes:
             lengths = {"token_ids": tokens, "positions": tokens, "slots": tokens, "seq_lens": requests, "logits_at": logits}
             views = {name: self.tensors[name][:length] for name, length in lengths.items()}
             views["query_start"] = self.tensors["query_start"][: requests + 1]
             views["block_tables"] = self.tensors["block_tables"][:requests, :blocks]
+            if shared:
+                views["shared"] = self.tensors["shared"]
             self._views = sizes, views
         return self._views[1]
 
@@ -101,7 +105,8 @@ class BatchBuilder:
     """`max_tail`: the most drafts on the way to one that branched off; each such draft is a row, and counts as a request here.
 
     `adapters`: how many the model has; where it has none, those of the rows are another model's, and of no interest. `buckets` and `copy`:
-    see `Upload`. With a `copy` there is one on any device.
+    see `Upload`. With a `copy` there is one on any device. `shared_prefix`: a batch names the prefix that all of its rows share where that
+    saves reading at least so many keys; 0: never.
     """
 
     def __init__(
@@ -115,8 +120,11 @@ class BatchBuilder:
         adapters: int = 0,
         buckets: Sequence[int] = (),
         copy: Copy | None = None,
+        shared_prefix: int = 0,
     ) -> None:
         self.block_size = block_size
+        self.shared_prefix = shared_prefix
+        self.keys_saved = 0  # that attention, in each layer, needn't read again thanks to shared prefixes
         max_blocks = -(-max_len // block_size)
         self._sets = [_Buffers(max_tokens, max_requests, max_blocks, max_tail, adapters) for _ in range(2)]
         self.copy = copy or copy_later
@@ -152,12 +160,13 @@ class BatchBuilder:
         else:
             starts, counts, logits = (np.array(values) for values in zip(*((s.start, s.count, s.logits) for s in spans), strict=True))
             num_logits = self._fill(host, tokens, starts, counts, logits)
-        views = host.views(total, len(spans), widest, num_logits)
+        shared = self._shared(host, [span.start for span in spans]) if self.shared_prefix else 0
+        views = host.views(total, len(spans), widest, num_logits, shared)
         if any(span.tail for span in spans):
             self._fill_tails(host, spans)
             views = {**views, "tails": host.tensors["tails"][: len(spans)]}
         lora = None if host.lora is None else self._lora(host.lora, [span.row for span in spans], query_lens)
-        return self._batch(views, query_lens, seq_lens, lora)
+        return self._batch(views, query_lens, seq_lens, lora, shared)
 
     def build_one_each(self, rows: Sequence[BatchRow], starts: list[int], *, known: bool = True) -> Batch:
         """`build` of one token of each row, the one at `starts[r]`, with its logits. Not `known`: the device has all of these tokens."""
@@ -178,9 +187,10 @@ class BatchBuilder:
             self._fill_few(host, tokens, rows, starts)
         else:
             self._fill_one_each(host, tokens if known else None, np.array(starts))
-        views, query_lens = host.views(count, count, widest, count), [1] * count
+        shared = self._shared(host, starts) if self.shared_prefix else 0
+        views, query_lens = host.views(count, count, widest, count, shared), [1] * count
         lora = None if host.lora is None else self._lora(host.lora, rows, query_lens)
-        return self._batch(views, query_lens, [start + 1 for start in starts], lora, one_each=True)
+        return self._batch(views, query_lens, [start + 1 for start in starts], lora, shared, one_each=True)
 
     def _other_set(self) -> _Buffers:
         self._turn = 1 - self._turn
@@ -192,11 +202,19 @@ class BatchBuilder:
         return buffers.fill(adapters, counts) if any(adapters) else None
 
     def _batch(
-        self, views: dict[str, torch.Tensor], query_lens: list[int], seq_lens: list[int], lora: LoraRows | None, *, one_each: bool = False
+        self,
+        views: dict[str, torch.Tensor],
+        query_lens: list[int],
+        seq_lens: list[int],
+        lora: LoraRows | None,
+        shared: int,
+        *,
+        one_each: bool = False,
     ) -> Batch:
+        self.keys_saved += shared * (len(seq_lens) - 1)
         if self._upload is not None:
-            return self._upload.send(views, query_lens, seq_lens, lora, one_each=one_each)
-        return Batch(**views, query_lens_host=query_lens, seq_lens_host=seq_lens, lora=lora, padded=None)
+            return self._upload.send(views, query_lens, seq_lens, lora, shared, one_each=one_each)
+        return Batch(**views, query_lens_host=query_lens, seq_lens_host=seq_lens, shared_host=shared, lora=lora, padded=None)
 
     def _fill_few(self, host: _Buffers, tokens: list[int], rows: Sequence[BatchRow], starts: list[int]) -> int:
         """`_fill_one_each` for a few: less work than operations on arrays are, however short."""
@@ -239,6 +257,19 @@ class BatchBuilder:
         num_logits = int(wanted[-1])
         into["logits_at"][:num_logits] = self._numbers[:num_logits] + (ends - wanted).repeat(logits)
         return num_logits
+
+    def _shared(self, host: _Buffers, starts: list[int]) -> int:
+        """Leading tokens in blocks that all rows have, computed before this step; 0 where they are too few."""
+        size, rows = self.block_size, len(starts)
+        if rows < 2:
+            return 0
+        whole, needed = min(starts) // size, -(-self.shared_prefix // ((rows - 1) * size))
+        tables = host.arrays["block_tables"][:rows, :whole]
+        if whole < needed or any((tables[:, at] != tables[0, at]).any() for at in (0, needed - 1)):
+            return 0  # most batches are told by a column or two
+        same = (tables == tables[0]).all(axis=0)
+        blocks = whole if same.all() else int(same.argmin())
+        return blocks * size if blocks >= needed else 0
 
     def _fill_tails(self, host: _Buffers, spans: Sequence[RowSpan]) -> None:
         """Where the keys of drafts that branch off lie; their own go to the last of those slots."""

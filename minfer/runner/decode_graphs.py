@@ -6,6 +6,7 @@ place and has a round number of requests, with rows of padding behind those of t
 
 Every op but attention works row by row, so what is in the rows of padding reaches no other row; their results are cut off. How often
 attention splits the context is part of a grid, hence fixed for the longest context that the engine admits; a short one leaves splits empty.
+A step that names a shared prefix (`Batch.shared`) has more launches, hence a graph of its own; how long the prefix is, the device reads.
 
 Steps with anything but one token a request (prompts, drafts) are run as they come: there the GPU is the slower one.
 
@@ -32,19 +33,19 @@ class DecodeGraphs:
         self.step = step
         self.replays = 0  # steps that came from a graph, so that a test or a metric can tell
         self._record = record or cuda_recorder()
-        self._captured: dict[tuple[int, bool], Run] = {}  # by number of requests, and whether rows have LoRA adapters
+        self._captured: dict[tuple[int, bool, bool], Run] = {}  # by requests, whether rows have LoRA adapters, whether a prefix is shared
 
     @property
     def captured(self) -> list[int]:
         """The numbers of requests, padding included, that have a graph."""
-        return sorted({requests for requests, _ in self._captured})
+        return sorted({requests for requests, *_ in self._captured})
 
     def replay(self, batch: Batch) -> list[torch.Tensor]:
         """What the step returns, [T, ...] each, in memory that the next replay overwrites. A step that no graph serves is run as it is."""
         padded = batch.padded
         if padded is None:
             return list(self.step(batch))
-        which = padded.num_requests, padded.lora is not None
+        which = padded.num_requests, padded.lora is not None, padded.shared is not None
         if which not in self._captured:
             self._captured[which] = self._record(lambda: self.step(padded))
         self.replays += 1

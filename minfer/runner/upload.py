@@ -3,7 +3,7 @@
 A copy costs the host five microseconds or more however short it is, and a step has seven short tensors. So they are laid one behind the
 other in pinned memory, each at a multiple of 64 bytes, because kernels read faster from addresses that 16 divides:
 
-    slots | logits_at | (tails) | token_ids | positions | query_start | seq_lens | (rows and tiles of LoRA adapters) | block_tables
+    slots | logits_at | (tails) | token_ids | positions | query_start | seq_lens | (shared) | (rows, tiles of LoRA adapters) | block_tables
 
 A graph fixes every address and every grid. So a step of one token a request is laid out for a *bucket*, a number of requests from a short
 list, with rows of padding behind the real ones:
@@ -16,7 +16,8 @@ list, with rows of padding behind the real ones:
 
 Where a tensor lies depends on the bucket alone, save for the block tables, which come last because their width changes from step to step:
 a second copy, on the device, puts them into tables of full width. What graphs are captured over is then `Batch.padded`. With LoRA adapters
-it is another one, of another graph, which has their kernels in it; tiles that a step doesn't need say adapter 0.
+it is another one, of another graph, which has their kernels in it; tiles that a step doesn't need say adapter 0. So it is with a shared
+prefix.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ Copy = Callable[[torch.Tensor, torch.Tensor], object]  # (to, from), begun and n
 
 _ALIGNMENT = 64
 _PADDING = {"token_ids": 0, "positions": 0, "slots": -1, "logits_at": 0, "seq_lens": 0}  # query_start: the number of real rows
-_ORDER = ("slots", "logits_at", "tails", "token_ids", "positions", "query_start", "seq_lens", "lora_rows", "lora_tiles", "block_tables")
+_ORDER = (
+    "slots", "logits_at", "tails", "token_ids", "positions", "query_start", "seq_lens", "shared", "lora_rows", "lora_tiles", "block_tables"
+)  # fmt: skip
 
 
 def copy_later(to: torch.Tensor, source: torch.Tensor) -> None:
@@ -96,7 +99,7 @@ class Upload:
         rows = buckets[-1] if buckets else 0
         self._tables = torch.zeros(rows, largest["block_tables"].shape[1], dtype=torch.int32, device=device)
         self._layouts: list[tuple[Mapping[str, torch.Tensor], int, _Layout] | None] = [None, None]  # and what each was made for
-        self._padded: dict[tuple[int, bool], Batch] = {}  # by bucket, and whether rows have adapters
+        self._padded: dict[tuple[int, bool, bool], Batch] = {}  # by bucket, whether rows have adapters, whether a prefix is shared
         self._turn = 0
 
     def send(
@@ -105,10 +108,11 @@ class Upload:
         query_lens: list[int],
         seq_lens: list[int],
         lora: LoraRows | None = None,
+        shared: int = 0,
         *,
         one_each: bool = False,
     ) -> Batch:
-        """`tensors` is the same mapping for as long as it maps to the same memory, whatever is written there.
+        """`tensors` is the same mapping for as long as it maps to the same memory, whatever is written there. `shared`: as there, if it is.
 
         `one_each`: every request has one token. The caller has waited for the last step but one, if that was such a step.
         """
@@ -131,8 +135,8 @@ class Upload:
             self.copy(self._tables[:requests, : tables.shape[1]], tables)
         if lora is not None:
             lora = dataclasses.replace(lora, rows=layout.step["lora_rows"], tiles=layout.step["lora_tiles"])
-        padded = self._padded[bucket, lora is not None] if bucket else None
-        return _batch(layout.step, query_lens, seq_lens, lora, padded)
+        padded = self._padded[bucket, lora is not None, shared > 0] if bucket else None
+        return _batch(layout.step, query_lens, seq_lens, lora, shared, padded)
 
     def _layout(self, turn: int, tensors: Mapping[str, torch.Tensor], bucket: int) -> _Layout:
         """Mostly that of two steps ago: as long as batches keep their shape, and with it the padding."""
@@ -145,20 +149,26 @@ class Upload:
             room |= {"query_start": bucket + 1, "lora_tiles": most_tiles(bucket, self._adapters)}
         layout = _Layout(tensors, room, self._host[turn], self._device)
         self._layouts[turn] = tensors, bucket, layout
-        adapted = "lora_rows" in tensors
-        if bucket and (bucket, adapted) not in self._padded:
+        adapted, shares = "lora_rows" in tensors, "shared" in tensors
+        if bucket and (bucket, adapted, shares) not in self._padded:
             static = {**layout.padded, "block_tables": self._tables[:bucket]}
             lora = LoraRows(static["lora_rows"], static["lora_tiles"], [], TILE_ROWS) if adapted else None
-            # The host's lists are what grids are made from: the longest there may be.
-            self._padded[bucket, adapted] = _batch(static, [1] * bucket, [self._max_len] * bucket, lora, None)
+            # The host's numbers are what grids are made from: the longest sequences there may be, of which half may be shared.
+            shared = self._max_len // 2 if shares else 0
+            self._padded[bucket, adapted, shares] = _batch(static, [1] * bucket, [self._max_len] * bucket, lora, shared, None)
         return layout
 
 
 def _batch(
-    tensors: Mapping[str, torch.Tensor], query_lens: list[int], seq_lens: list[int], lora: LoraRows | None, padded: Batch | None
+    tensors: Mapping[str, torch.Tensor],
+    query_lens: list[int],
+    seq_lens: list[int],
+    lora: LoraRows | None,
+    shared: int,
+    padded: Batch | None,
 ) -> Batch:
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith("lora_")}
-    return Batch(**own, query_lens_host=query_lens, seq_lens_host=seq_lens, lora=lora, padded=padded)
+    return Batch(**own, query_lens_host=query_lens, seq_lens_host=seq_lens, shared_host=shared, lora=lora, padded=padded)
 
 
 def buckets(largest: int) -> list[int]:

@@ -12,7 +12,6 @@ from kernels.conftest import backend_of
 from kernels.kv_oracle import QUANTISED
 
 from minfer.batch import Batch
-from minfer.errors import ConfigError
 from minfer.kernels.cpu.library import ISAS, find, load
 from minfer.kernels.reference import ReferenceBackend
 from minfer.kvcache import LayerCache
@@ -78,10 +77,3 @@ def test_where_keys_lie_does_not_show(backend: Any, dtype: torch.dtype, window: 
     assert branched.tails is not None
     branched.tails[2, 1] = branched.tails[2, 2]
     assert not torch.equal(backend.attention(q, moved, branched, 0.125, window, softcap), expected)
-
-
-def test_the_triton_attention_refuses_what_it_does_not_know() -> None:
-    attention = pytest.importorskip("minfer.kernels.triton.attention").attention
-    q, cache, batch = contiguous(2, 1, 16, torch.float32)
-    with pytest.raises(ConfigError, match="branch"):
-        attention(q, *scattered(cache, batch), 0.25, processors=1)

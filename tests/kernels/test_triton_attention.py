@@ -8,7 +8,9 @@ import pytest
 import torch
 from kernels.batches import make_batch, make_cache
 from kernels.devices import DEVICE, DTYPES, close, moved, on_device, randn
+from kernels.test_tails import contiguous, scattered
 
+from minfer.batch import Batch
 from minfer.errors import ConfigError
 from minfer.kernels.reference import ReferenceBackend
 from minfer.kernels.triton.attention import _splits, _tiles, attention
@@ -18,15 +20,16 @@ from minfer.kvcache import LayerCache
 MIXED = ((1, 37), (20, 20), (0, 5), (5, 70), (1, 1))  # decode, prompt, nothing new, chunk, first token
 
 
-def check(lengths, heads, kv_heads, dim, dtype, *, block_size=16, window=None, softcap=None, splits=None, dirty=False) -> None:  # type: ignore[no-untyped-def]
+def check(lengths, heads, kv_heads, dim, dtype, *, block_size=16, window=None, softcap=None, sinks=None, splits=None, dirty=False) -> None:  # type: ignore[no-untyped-def]
     blocks = sum(-(-total // block_size) for _, total in lengths) + 1
     batch, cache = make_batch(lengths, block_size, blocks), make_cache(blocks, kv_heads, block_size, dim, dtype)
     q = randn(batch.num_tokens, heads + 1, dim, dtype=dtype)[:, :heads]
     exact = LayerCache(cache.k.double(), cache.v.double())
-    expected = ReferenceBackend().attention(q.cpu().double(), exact, batch, dim**-0.5, window, softcap)
+    expected = ReferenceBackend().attention(q.cpu().double(), exact, batch, dim**-0.5, window, softcap, sinks)
     if dirty:  # slots that no request wrote may hold anything
         cache = LayerCache(*(pages.masked_fill(_unwritten(batch, pages), float("nan")) for pages in (cache.k, cache.v)))
-    got = attention(q, on_device(cache), moved(batch), dim**-0.5, window, softcap, processors=4, splits=splits)
+    sinks = None if sinks is None else sinks.to(DEVICE)
+    got = attention(q, on_device(cache), moved(batch), dim**-0.5, window, softcap, sinks, processors=4, splits=splits)
     close(got, expected)
 
 
@@ -50,6 +53,68 @@ def test_heads(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("splits", [1, 3])
 def test_window_and_softcap(window: int | None, softcap: float | None, splits: int) -> None:
     check(MIXED, 4, 2, 32, torch.float32, window=window, softcap=softcap, splits=splits)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(5, None), (None, 3.0), (None, None)])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_sinks(window: int | None, softcap: float | None, splits: int) -> None:
+    check(MIXED, 4, 2, 32, torch.float32, window=window, softcap=softcap, sinks=torch.tensor([-2.0, 0.0, 1.5, 30.0]), splits=splits)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.int8])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_where_keys_lie_does_not_show(stored: torch.dtype, splits: int) -> None:
+    """As `test_tails.py` asks of the other backends: the same bits."""
+    q, cache, batch = contiguous(4, 2, 16, stored)
+    there, branched = scattered(cache, batch)
+    settings = {"processors": 4, "splits": splits, "ptx": False}
+    expected = attention(q.to(DEVICE), on_device(cache), moved(batch), 0.25, **settings)
+    assert expected.isfinite().all()
+    assert torch.equal(attention(q.to(DEVICE), on_device(there), moved(branched), 0.25, **settings), expected)
+    assert branched.tails is not None
+    branched.tails[2, 1] = branched.tails[2, 2]
+    assert not torch.equal(attention(q.to(DEVICE), on_device(there), moved(branched), 0.25, **settings), expected)
+
+
+SHARED = [(1, 150), (3, 131), (1, 129), (20, 149), (0, 140), (1, 300)]
+
+
+def sharing(tokens: int, lengths, kv_heads: int, dim: int):  # type: ignore[no-untyped-def]
+    """A batch whose requests have their first tokens in the same blocks of 16, the same without that being said, and a cache."""
+    batch, plain = make_batch(lengths, 16, 80), make_batch(lengths, 16, 80)
+    for each in (batch, plain):
+        each.block_tables[:, : tokens // 16] = each.block_tables[0, : tokens // 16]
+    batch.shared, batch.shared_host = torch.tensor([tokens], dtype=torch.int32), tokens
+    return batch, plain, make_cache(80, kv_heads, 16, dim, torch.float32)
+
+
+@pytest.mark.parametrize("tokens", [16, 64, 80, 128])
+@pytest.mark.parametrize("splits", [None, 1, 3])
+def test_a_shared_prefix_is_attended_to_once(tokens: int, splits: int | None) -> None:
+    batch, plain, cache = sharing(tokens, SHARED, 2, 32)
+    q = randn(batch.num_tokens, 6, 32)
+    sinks = torch.linspace(-2, 3, 6)
+    expected = ReferenceBackend().attention(q.cpu().double(), LayerCache(cache.k.double(), cache.v.double()), plain, 0.3, None, 5.0, sinks)
+    batch.block_tables[1:, : tokens // 64 * 4] = 79  # what is shared is read by way of the first request alone
+    got = attention(q, on_device(cache), moved(batch), 0.3, None, 5.0, sinks.to(DEVICE), processors=4, splits=splits)
+    close(got, expected)
+
+
+def test_a_shared_prefix_and_other_layers() -> None:
+    """With a window as if nothing were shared; beside drafts that branch, and over codes."""
+    batch, plain, cache = sharing(64, SHARED, 2, 32)
+    q = randn(batch.num_tokens, 4, 32)
+    ours, theirs = (attention(q, on_device(cache), moved(each), 0.3, 20, processors=4) for each in (batch, plain))
+    assert torch.equal(ours, theirs)
+    coded = LayerCache.empty(80, 2, 16, 32, torch.uint8)
+    ReferenceBackend().write_kv(
+        cache.k.transpose(1, 2).reshape(-1, 2, 32), cache.v.transpose(1, 2).reshape(-1, 2, 32), coded, torch.arange(1280)
+    )
+    tails = torch.full((len(SHARED), 3), Batch.NO_TAIL)
+    tails[2] = torch.tensor([127, 5, 1270])
+    batch.tails = plain.tails = tails
+    ours, theirs = (attention(q, on_device(coded), moved(each), 0.3, processors=4) for each in (batch, plain))
+    close(ours, theirs)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5])

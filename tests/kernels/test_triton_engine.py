@@ -34,9 +34,8 @@ def test_an_engine_says_what_the_reference_says(tiny_llama: Path) -> None:
     assert tokens(tiny_llama, "triton", max_prefill_chunk=9, block_size=4) == expected
 
 
-@pytest.mark.parametrize("kv", ["fp8", "fp8_e5m2", "int4"])
-def test_over_a_quantised_cache(tiny_llama: Path, kv: str) -> None:
-    settings = {"kv_cache_dtype": kv, "max_prefill_chunk": 9}
+def test_over_an_fp8_cache(tiny_llama: Path) -> None:
+    settings = {"kv_cache_dtype": "fp8", "max_prefill_chunk": 9}
     assert tokens(tiny_llama, "triton", **settings) == tokens(tiny_llama, "reference", **settings)
 
 
@@ -61,6 +60,20 @@ def test_draws_masks_and_logprobs_are_the_references(tiny_llama: Path) -> None:
             assert list(after) == list(before)
             assert [one.logprob for one in after.values()] == pytest.approx([one.logprob for one in before.values()], abs=1e-4)
             assert [one.rank for one in after.values()] == [one.rank for one in before.values()]
+
+
+def test_a_prefix_that_all_share_is_read_once(tiny_llama: Path) -> None:
+    """The second step on: 32 cached tokens in common, and the counter says how many keys of a layer were not read again."""
+    prompts = [{"prompt_token_ids": [*range(20, 53), last]} for last in (3, 4, 5)]
+    said, saved = [], []
+    for backend, least in (("reference", 0), ("triton", 64), ("triton", 65)):
+        options: dict[str, Any] = {"dtype": "float32", "device": DEVICE.type, "max_model_len": 64, "kv_cache_memory": 2**20}
+        llm = LLM(str(tiny_llama), backend=backend, shared_prefix=least, graphs=False, **options)
+        llm.generate(prompts[0], SamplingParams(max_tokens=1), use_tqdm=False)
+        said.append([output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY, use_tqdm=False)])
+        saved.append(llm.engine.core.runner.builder.keys_saved)
+    assert said[0] == said[1] == said[2]
+    assert saved == [0, 4 * 64, 0]
 
 
 def test_with_windows_biases_and_a_tied_head(make_checkpoint: Callable[..., Path]) -> None:

@@ -106,6 +106,27 @@ def test_a_token_that_only_the_device_knows_is_left_out() -> None:
     check(builder.build(spans), spans)
 
 
+def test_a_prefix_in_common_is_named_where_it_saves_enough() -> None:
+    def shared(least: int, *rows: tuple[list[int], int]) -> int:
+        builder = BatchBuilder(16, 4, MAX_LEN, SIZE, torch.device("cpu"), shared_prefix=least)
+        batch = builder.build([RowSpan(Row(list(range(40)), blocks), start, 2, 1) for blocks, start in rows])
+        assert (batch.shared is None) == (batch.shared_host == 0) == (builder.keys_saved == 0)
+        assert batch.shared is None or batch.shared.tolist() == [batch.shared_host]
+        assert builder.keys_saved == batch.shared_host * (len(rows) - 1)
+        return batch.shared_host
+
+    one, two, three = ([4, 5, 6, 7, *own] for own in ([1], [2], [3, 9]))
+    assert shared(1, (one, 16), (two, 17), (three, 18)) == 16
+    assert shared(32, (one, 16), (two, 17), (three, 18)) == 16
+    assert shared(33, (one, 16), (two, 17), (three, 18)) == 0
+    assert shared(0, (one, 16), (two, 17)) == 0
+    assert shared(1, (one, 16)) == 0
+    assert shared(1, (one, 16), (two, 11)) == 8  # the second computes tokens 11 and 12: what it shares is older
+    assert shared(1, (one, 16), ([4, 5, 8, 7, 2], 16)) == 8
+    assert shared(12, (one, 16), ([4, 5, 8, 7, 2], 16)) == 0
+    assert shared(1, (one, 16), ([8, 5, 6, 7, 2], 16)) == 0
+
+
 def test_a_batch_stands_until_the_next_but_one() -> None:
     builder = BatchBuilder(16, 4, MAX_LEN, SIZE, torch.device("cpu"))
     row = Row(list(range(20)), [3, 4, 5, 6, 7])

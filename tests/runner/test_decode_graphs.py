@@ -106,3 +106,24 @@ def test_replay_equals_eager_and_padding_touches_nothing() -> None:
     assert graphs.replays == 4
     if isinstance(record, FakeRecorder):
         assert (record.records, record.runs) == (3, 4)
+
+
+@torch.inference_mode()
+def test_a_step_with_a_shared_prefix_has_a_graph_of_its_own() -> None:
+    """Three requests whose first blocks are the first one's; how many of them, a replay is told anew."""
+    model, cache, expected_cache = make_model(), filled(), filled()
+    record = FakeRecorder() if DEVICE.type == "cpu" else cuda_recorder()
+    graphs = DecodeGraphs(lambda batch: model.forward_states(batch, cache, (0,)), record)
+    builder = BatchBuilder(64, 4, 128, 16, DEVICE, buckets=buckets(4), copy=copy_later, shared_prefix=1)
+    plain = BatchBuilder(64, 4, 128, 16, DEVICE, copy=copy_later)
+    for blocks, total in ((0, 70), (4, 71), (2, 72)):
+        rows = [Row(list(range(total + n)), [*range(blocks), *range(blocks + 6 * n, 6 * n + 6)]) for n in range(3)]
+        starts = [len(row.token_ids) - 1 for row in rows]
+        batch = builder.build_one_each(rows, starts)
+        assert batch.shared_host == 16 * blocks
+        expected = model.forward_states(plain.build_one_each(rows, starts), expected_cache, (0,))
+        torch.testing.assert_close(graphs.replay(batch), list(expected), rtol=1e-5, atol=1e-5)
+    assert graphs.captured == [4]
+    assert graphs.replays == 3
+    if isinstance(record, FakeRecorder):
+        assert (record.records, record.runs) == (2, 3)

@@ -134,9 +134,20 @@ class Grower(Oracle):
 )
 @pytest.mark.parametrize("params", PARAMS[:4], ids=str)
 def test_any_tree_gives_the_plain_output(tiny_llama: Path, backend: str, settings: dict[str, Any], params: SamplingParams) -> None:
-    options = {**BASE, "max_num_seqs": 4, "backend": backend, **settings}
+    check_trees(tiny_llama, {**BASE, "max_num_seqs": 4, "backend": backend, **settings}, backend, params)
+
+
+def test_any_tree_gives_the_plain_output_on_gpu_kernels(tiny_llama: Path) -> None:
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = {**BASE, "max_num_seqs": 4, "backend": "triton", "block_size": 4, "shared_prefix": 16, "device": device}
+    llm = check_trees(tiny_llama, options, "reference", SamplingParams(temperature=0, max_tokens=14, ignore_eos=True))
+    assert llm.engine.core.runner.builder.keys_saved > 0, "the branches of a tree share their request's context"
+
+
+def check_trees(tiny_llama: Path, options: dict[str, Any], plain: str, params: SamplingParams) -> LLM:
     prompt = {"prompt_token_ids": prompt_of(40, 1)}
-    truth = LLM(str(tiny_llama), **options).generate(prompt, params, use_tqdm=False)[0].outputs[0]
+    truth = LLM(str(tiny_llama), **{**options, "backend": plain}).generate(prompt, params, use_tqdm=False)[0].outputs[0]
     grower = Grower(truth.token_ids)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("minfer.engine.core._proposer", lambda *arguments: grower)
@@ -148,13 +159,15 @@ def test_any_tree_gives_the_plain_output(tiny_llama: Path, backend: str, setting
     assert grower.branched > 2
     assert 0 < stats.num_accepted_tokens < stats.num_draft_tokens
     assert llm.engine.core.scheduler.pool.num_used == 0
+    return llm
 
 
-def wide_builder(loaded: Any) -> Any:
+def wide_builder(loaded: Any, adapters: int = 0) -> Any:
     from minfer.runner import BatchBuilder
 
     config = loaded.config
-    return BatchBuilder(config.max_num_batched_tokens, 64, loaded.max_model_len, config.block_size, loaded.device, config.num_draft_tokens)
+    sizes = (config.max_num_batched_tokens, 64, loaded.max_model_len, config.block_size)
+    return BatchBuilder(*sizes, loaded.device, config.num_draft_tokens, adapters, shared_prefix=config.shared_prefix)
 
 
 @pytest.mark.parametrize("name", ["eagle", "eagle3", "medusa"])

@@ -54,8 +54,8 @@ class CpuBackend(Backend):
         self._attention = runtime.op(
             "attention",
             "ptr q, ptr k_cache, ptr v_cache, ptr k_scale, ptr v_scale, ptr out, ptr query_start, ptr seq_lens, ptr block_tables, "
-            "ptr tails, int requests, int heads, int kv_heads, int dim, int block_size, int q_stride, int table_stride, int tail_stride, "
-            "int dtype, int cache_dtype, int window, double scale, double softcap",
+            "ptr tails, ptr sinks, int requests, int heads, int kv_heads, int dim, int block_size, int q_stride, int table_stride, "
+            "int tail_stride, int dtype, int cache_dtype, int window, double scale, double softcap",
         )
         self._silu_mul = runtime.op("silu_mul", "ptr x, ptr out, int rows, int width, int x_stride, int dtype")
         self._argmax = runtime.op("argmax", "ptr x, ptr out, int rows, int width, int x_stride, int dtype")
@@ -130,6 +130,7 @@ class CpuBackend(Backend):
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         rows, heads, dim = q.shape
         _head_dim(dim)
@@ -140,8 +141,10 @@ class CpuBackend(Backend):
         pages = map(ptr, (cache.k, cache.v, cache.k_scale, cache.v_scale))
         if batch.tails is not None:
             _index("tails", batch.tails, torch.int64)
+        if sinks is not None and (sinks.dtype != torch.float32 or tuple(sinks.shape) != (heads,) or not sinks.is_contiguous()):
+            raise ConfigError(f"sinks must be contiguous torch.float32 [{heads}], not {sinks.dtype} {list(sinks.shape)}")
         indices = map(ptr, (batch.query_start, batch.seq_lens, batch.block_tables, batch.tails))
-        pointers = (ptr(q), *pages, ptr(out), *indices)
+        pointers = (ptr(q), *pages, ptr(out), *indices, ptr(sinks))
         sizes = (batch.num_requests, heads, cache.kv_heads, dim, cache.block_size)
         strides = (_row_stride(q, "q"), batch.block_tables.stride(0), 0 if batch.tails is None else batch.tails.stride(0))
         self._attention(*pointers, *sizes, *strides, _code(q), DTYPES[cache.format.dtype], window or 0, scale, softcap or 0.0)

@@ -1,4 +1,4 @@
-// Causal attention of new tokens over paged K and V: ragged, grouped-query, with window and soft cap.
+// Causal attention of new tokens over paged K and V: ragged, grouped-query, with window, soft cap and sinks.
 //
 // Prefill, chunks, decode and verification are this one op. A request with few query rows is split over its context (each
 // piece of work is some tiles of one KV head, shared by all query heads of the group); one with many is split over blocks
@@ -24,6 +24,7 @@ struct AttentionArgs {
   const int32_t* seq_lens;      // [requests]
   const int32_t* block_tables;  // [requests, ...], rows table_stride apart
   const int64_t* tails;         // [requests, ...], rows tail_stride apart: a position, and the slots of the keys from there on; or null
+  const float* sinks;           // [heads]: a score that joins the denominator; or null
   int64_t requests, heads, kv_heads, dim, block_size, q_stride, table_stride, tail_stride, dtype, cache_dtype;
   int64_t window;  // 0: none
   double scale;
@@ -250,8 +251,9 @@ struct Attention {
     if (d < a.dim) Words::store_row(out, d, load_some(line + d, a.dim - d), a.dim - d);
   }
 
-  // Writes o / l of one query row, which lies in o with `stride` floats between channels.
-  void write(const Head& head, int64_t row, const float* o, int64_t stride, float l, float* line) const {
+  // Writes o / l of one query row, which lies in o with `stride` floats between channels. m is what l's exponentials are over.
+  void write(const Head& head, int64_t row, const float* o, int64_t stride, float m, float l, float* line) const {
+    if (a.sinks) l += std::exp(a.sinks[head.query_head(row)] - m);
     for (int64_t d = 0; d < a.dim; ++d) line[d] = o[d * stride];
     if (rotated()) hadamard(line, a.dim);
     Q* out = static_cast<Q*>(a.out) + ((head.first_token + row / head.group) * a.heads + head.query_head(row)) * a.dim;
@@ -385,7 +387,7 @@ struct Attention {
       for (int64_t d = 0; d < channels; d += kLanes) store(o + d, fma(load(o + d), keep, load(tile_o + d) * take));
       m = merged;
     }
-    write(head, row, o, 1, l[0], o);
+    write(head, row, o, 1, m[0], l[0], o);
   }
 
   // ---- many rows: query rows in the lanes ----
@@ -433,8 +435,8 @@ struct Attention {
     for (int i = 0; i < panels; ++i) {
       const Panel& panel = w.panels[i];
       for (int64_t row = 0; row < panel.rows; ++row) {
-        write(head, panel.first + row, panel.o + row, kPanel, panel.l[row / kLanes][row % kLanes],
-              reinterpret_cast<float*>(w.line));
+        write(head, panel.first + row, panel.o + row, kPanel, panel.m[row / kLanes][row % kLanes],
+              panel.l[row / kLanes][row % kLanes], reinterpret_cast<float*>(w.line));
       }
     }
   }

@@ -24,6 +24,7 @@ def attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     dtype = q.dtype
     if cache.k_scale is not None:
@@ -38,17 +39,24 @@ def attention(
             rows.append(start)
         elif length > 1:
             span = slice(start, start + length)
-            out[span] = _one_request(q[span], cache, batch, request, scale, window, softcap)
+            out[span] = _one_request(q[span], cache, batch, request, scale, window, softcap, sinks)
         start += length
     if len(rows) == q.shape[0]:
-        return _single_tokens(q, cache, batch, singles, scale, window, softcap).to(dtype)
+        return _single_tokens(q, cache, batch, singles, scale, window, softcap, sinks).to(dtype)
     if rows:
-        out[rows] = _single_tokens(q[rows], cache, batch, singles, scale, window, softcap)
+        out[rows] = _single_tokens(q[rows], cache, batch, singles, scale, window, softcap, sinks)
     return out.to(dtype)
 
 
 def _one_request(
-    q: torch.Tensor, cache: LayerCache, batch: Batch, request: int, scale: float, window: int | None, softcap: float | None
+    q: torch.Tensor,
+    cache: LayerCache,
+    batch: Batch,
+    request: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """q[n, Hq, D]: the new tokens of one request, the last n of its sequence."""
     n, heads, dim = q.shape
@@ -57,7 +65,7 @@ def _one_request(
     k, v = _gather(cache, batch.block_tables[one], seq_len, q.dtype, None if batch.tails is None else batch.tails[one])  # [1, Hk, L, D]
     kv_heads = k.shape[1]
     # A plain causal prompt can use the kernel that never looks at the masked half; it wants K and V per query head.
-    if n == seq_len and window is None and softcap is None:
+    if n == seq_len and window is None and softcap is None and sinks is None:
         grouped = q.view(1, n, heads, dim).transpose(1, 2)  # [1, Hq, n, D]
         o = F.scaled_dot_product_attention(grouped, k, v, is_causal=True, scale=scale, enable_gqa=heads != kv_heads)
         return o.squeeze(0).transpose(0, 1)
@@ -68,12 +76,20 @@ def _one_request(
         visible &= at - key < window
     group = heads // kv_heads
     stacked = q.view(n, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, group * n, dim)
-    o = _softmax_attention(stacked, k, v, visible.repeat(group, 1)[None, None], scale, softcap)
+    sink = None if sinks is None else sinks.view(kv_heads, group, 1).expand(-1, -1, n).reshape(kv_heads, group * n)
+    o = _softmax_attention(stacked, k, v, visible.repeat(group, 1)[None, None], scale, softcap, sink)
     return o.view(kv_heads, group, n, dim).permute(2, 0, 1, 3).reshape(n, heads, dim)
 
 
 def _single_tokens(
-    q: torch.Tensor, cache: LayerCache, batch: Batch, requests: list[int], scale: float, window: int | None, softcap: float | None
+    q: torch.Tensor,
+    cache: LayerCache,
+    batch: Batch,
+    requests: list[int],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """q[R, Hq, D]: one token of each of the given requests, the last of its sequence."""
     count, heads, dim = q.shape
@@ -92,7 +108,8 @@ def _single_tokens(
         v = v.masked_fill_(~visible[:, None, :, None], 0.0)
         k = k.masked_fill_(~visible[:, None, :, None], 0.0)
     kv_heads = k.shape[1]
-    o = _softmax_attention(q.view(count, kv_heads, heads // kv_heads, dim), k, v, visible[:, None, None, :], scale, softcap)
+    sink = None if sinks is None else sinks.view(kv_heads, heads // kv_heads)
+    o = _softmax_attention(q.view(count, kv_heads, heads // kv_heads, dim), k, v, visible[:, None, None, :], scale, softcap, sink)
     return o.reshape(count, heads, dim)
 
 
@@ -132,12 +149,23 @@ def _put_tails(dense: torch.Tensor, pages: torch.Tensor, scales: torch.Tensor | 
 
 
 def _softmax_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    sink: torch.Tensor | None,
 ) -> torch.Tensor:
-    """q[R, Hk, M, D] against k, v [R, Hk, L, D] under a mask that broadcasts to [R, Hk, M, L]."""
-    if softcap is None:
+    """q[R, Hk, M, D] against k, v [R, Hk, L, D] under a mask that broadcasts to [R, Hk, M, L]; sink[Hk, M]."""
+    if softcap is None and sink is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
-    scores = (q.float() @ k.float().transpose(-1, -2)) * scale
-    scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
-    return (weights @ v.float()).to(q.dtype)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sink is not None:  # as one key more, whose weight is then dropped
+        scores = torch.cat((scores, sink.to(wide).expand(*scores.shape[:-1])[..., None]), dim=-1)
+    weights = scores.softmax(-1)[..., : k.shape[2]]
+    return (weights @ v.to(wide)).to(q.dtype)

@@ -87,9 +87,12 @@ class TritonBackend(Backend):
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         target = self.target
-        return attention(q, cache, batch, scale, window, softcap, processors=target.processors, shared=target.shared, ptx=target.nvidia)
+        return attention(
+            q, cache, batch, scale, window, softcap, sinks, processors=target.processors, shared=target.shared, ptx=target.nvidia
+        )
 
     def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
         if isinstance(weight, PackedWeight):

@@ -139,6 +139,7 @@ def compile_target(target: str, only: str) -> dict[str, Report]:
                 continue  # a second pass that another product's has been already
             seen.add(repr(launch))
             label = name if len(caught) == 1 else f"{name}, {launch.function.fn.__name__.removesuffix('_kernel')}"
+            label = next(name for name in (label, *(f"{label} {n}" for n in range(2, 9))) if name not in reports)
             print(label, file=sys.stderr, flush=True)
             reports[label] = report_of(compile_launch(launch, target), target)
     return reports

@@ -50,14 +50,20 @@ def _cache(kv_heads: int, dim: int, dtype: torch.dtype) -> LayerCache:
 
 
 def _attention(
-    new: int, total: int, requests: int, heads: int = 32, kv_heads: int = 8, dim: int = 128, stored: torch.dtype = DTYPE, **masks: Any
-) -> Case:
+    new: int, total: int, requests: int, heads: int = 32, kv_heads: int = 8, dim: int = 128, stored: torch.dtype = DTYPE,
+    branches: bool = False, shared: int = 0, sinks: bool = False, **masks: Any,
+) -> Case:  # fmt: skip
     def call(backend: TritonBackend) -> None:
         start, lens, table = (meta(*shape, dtype=torch.int32) for shape in ((requests + 1,), (requests,), (requests, 64)))
         none = meta(0, dtype=torch.int32)
         batch = Batch(none, none, none, start, lens, table, none, [new] * requests, [total] * requests)
+        if branches:
+            batch.tails = meta(requests, 9, dtype=torch.int64)
+        if shared:
+            batch.shared, batch.shared_host = meta(1, dtype=torch.int32), shared
         q = meta(new * requests, heads + 2 * kv_heads, dim)[:, :heads]
-        backend.attention(q, _cache(kv_heads, dim, stored), batch, dim**-0.5, **masks)
+        scores = meta(heads, dtype=torch.float32) if sinks else None
+        backend.attention(q, _cache(kv_heads, dim, stored), batch, dim**-0.5, sinks=scores, **masks)
 
     return call
 
@@ -130,6 +136,9 @@ CASES: dict[str, Case] = {
     "attention, prompt, window": _attention(512, 8192, 4, window=4096),
     "attention, prompt, softcap, heads of 256": _attention(512, 512, 4, heads=16, dim=256, softcap=50.0),
     "attention, 64 sequences, smollm2": _attention(1, 1024, 64, heads=9, kv_heads=3, dim=64),
+    "attention, 64 sequences, gpt-oss with sinks": _attention(1, 1024, 64, heads=64, kv_heads=8, dim=64, sinks=True),
+    "attention, 64 rows, drafts that branch": _attention(1, 4096, 64, branches=True),
+    "attention, 64 sequences, 4096 tokens shared": _attention(1, 4608, 64, shared=4096),
     **{f"attention, 64 sequences, {name} cache": _attention(1, 4096, 64, stored=dtype) for name, dtype in QUANTISED_KV.items()},
     **{f"attention, prompt, {name} cache": _attention(512, 512, 4, stored=QUANTISED_KV[name]) for name in ("int8", "fp8")},
     "lora, 16 adapters, rank 16": _lora(16, 16, 16),

@@ -34,267 +34,43 @@ Bytes: at decode, K and V of every request once, 2 L Hk D values: bound by memor
 
 Tried (compiled for sm_80, sm_90, gfx90a, gfx942; docs/kernels-gpu.md has the result, nothing was timed): see `_tiles`.
 
-Left out: attention sinks, tree masks and a shared-prefix form.
+Drafts that branch are requests of one token whose last keys lie elsewhere (`Batch.tails`): where a key lies is all that differs.
+
+A sink (Xiao 2023; gpt-oss has one learned number a head) is a score that every row sees and that no value belongs to. It is added when the
+walk is over; where the context is split, to the first part. To begin the walk with it costs registers all along, and spills on sm_80.
+
+A shared prefix. Requests whose block tables begin with the same blocks (`Batch.shared`) read the same keys again and again, each for the
+few rows of its own. So a first launch attends to those keys once for all of the batch's tokens, packed into tiles as if they were one
+request's (without a mask: what is shared is older than any of them), and a second to the rest; both leave parts, merged as splits are:
+
+           keys ->  |<--- shared, in blocks of all --->|<- own ->|
+    r0  t0 h0..h3   |                                  |---------|
+    r1  t0 h0..h3   |  one tile of rows, unmasked,     |------|
+    r2  t0 h0..h3   |  cut into splits of its own      |------------|
+
+With a window layers attend as ever: what they see of a prefix is short.
+
+Left out: prefixes that only some of a batch's requests share, and more than one prefix.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 
 from minfer.batch import Batch
 from minfer.errors import ConfigError
-from minfer.kernels.triton.checks import index, power_of_2, row_stride
-from minfer.kernels.triton.kv_codes import INT4, PLAIN, kind_of, kv_numbers, number_unit, rotated, value_unit
+from minfer.kernels.triton.attention_kernel import ALL_KEYS, OWN_KEYS, SHARED_KEYS, attention_kernel, merge_kernel
+from minfer.kernels.triton.checks import index, power_of_2, row_stride, shaped
+from minfer.kernels.triton.kv_codes import PLAIN, kind_of, number_unit, value_unit
+from minfer.kernels.triton.rotate import rotate
 from minfer.kernels.triton.write_kv import check_cache, stored
 from minfer.kvcache import LayerCache
 
 _KEYS_PER_SPLIT = 256
 _LOG2E = math.log2(math.e)
-_PLAIN, _INT4 = tl.constexpr(PLAIN), tl.constexpr(INT4)
-
-
-@triton.jit
-def _attend(
-    q,
-    q_high,
-    acc,
-    acc_high,
-    m,
-    norm,
-    first_key,
-    position,
-    seq_len,
-    k_base,
-    v_base,
-    k_scale_base,
-    v_scale_base,
-    table,
-    block_stride,
-    window,
-    scale,
-    softcap,
-    KIND: tl.constexpr,
-    PTX: tl.constexpr,
-    V_UNIT: tl.constexpr,
-    V_FACTOR: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_TILE: tl.constexpr,
-    TILE: tl.constexpr,
-    MASKED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):
-    """One tile of keys: q [BLOCK_M, DIM_TILE], position [BLOCK_M] of each row, scale in units of log2. DIM: stored elements a row."""
-    key = first_key + tl.arange(0, TILE)
-    at = tl.arange(0, DIM_TILE)
-    # An unmasked tile lies within the sequence; past its end the block table and the pool hold anything, NaN included.
-    live = key < seq_len
-    block = tl.load(table + key // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
-    offset = block * block_stride + (key % BLOCK_SIZE) * DIM  # [TILE]
-    k_at = k_base + offset[None, :] + at[:, None]  # [DIM_TILE, TILE]
-    v_at = v_base + offset[:, None] + at[None, :]  # [TILE, DIM_TILE]
-    if MASKED:
-        k = tl.load(k_at, mask=live[None, :] & (at < DIM)[:, None], other=0.0)
-        v = tl.load(v_at, mask=live[:, None] & (at < DIM)[None, :], other=0.0)
-    elif DIM_TILE > DIM:
-        k = tl.load(k_at, mask=(at < DIM)[:, None], other=0.0)
-        v = tl.load(v_at, mask=(at < DIM)[None, :], other=0.0)
-    else:
-        k = tl.load(k_at)
-        v = tl.load(v_at)
-    s = tl.dot(q, kv_numbers(k, KIND, 0, PTX, q.dtype), input_precision="ieee")  # [BLOCK_M, TILE]
-    if KIND == _INT4:
-        s = tl.dot(q_high, kv_numbers(k, KIND, 1, PTX, q.dtype), s, input_precision="ieee")
-    s *= scale
-    if KIND != _PLAIN:
-        at_scale = block * (block_stride // DIM) + key % BLOCK_SIZE
-        s *= tl.load(k_scale_base + at_scale, mask=live, other=0.0).to(tl.float32)[None, :]
-    if SOFTCAP:  # softcap x tanh(s / softcap), by way of the exponential: tanh(x) = 1 - 2 / (e^2x + 1)
-        cap = softcap * 1.4426950408889634
-        s = cap * (1.0 - 2.0 / (tl.exp2(s / cap * 2.8853900817779268) + 1.0))
-    if MASKED:
-        visible = key[None, :] <= position[:, None]
-        if WINDOW:
-            visible = visible & (position[:, None] - key[None, :] < window)
-        s = tl.where(visible, s, float("-inf"))
-    m_new = tl.maximum(m, tl.max(s, axis=1))
-    # A row that has seen nothing yet has m = -inf, and -inf - -inf is NaN.
-    finite = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s - finite[:, None])
-    shrink = tl.exp2(m - finite)
-    norm = norm * shrink + tl.sum(p, axis=1)
-    if KIND != _PLAIN:
-        p *= tl.load(v_scale_base + at_scale, mask=live, other=0.0).to(tl.float32)[None, :] * V_FACTOR
-    weight = p.to(q.dtype)
-    acc = tl.dot(weight, _small(kv_numbers(v, KIND, 0, PTX, q.dtype), V_UNIT), acc * shrink[:, None], input_precision="ieee")
-    if KIND == _INT4:
-        acc_high = tl.dot(weight, _small(kv_numbers(v, KIND, 1, PTX, q.dtype), V_UNIT), acc_high * shrink[:, None], input_precision="ieee")
-    return acc, acc_high, m_new, norm
-
-
-@triton.jit
-def _small(number, UNIT: tl.constexpr):
-    if UNIT != 1.0:
-        number = (number * UNIT).to(number.dtype)
-    return number
-
-
-@triton.jit
-def attention_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    k_scale_ptr,
-    v_scale_ptr,
-    out_ptr,
-    partial_ptr,
-    lse_ptr,
-    query_start_ptr,
-    seq_lens_ptr,
-    tables_ptr,
-    requests,
-    q_stride,
-    table_stride,
-    kv_heads,
-    window,
-    scale,
-    softcap,
-    GROUP: tl.constexpr,  # query heads per KV head
-    KIND: tl.constexpr,
-    PTX: tl.constexpr,
-    V_UNIT: tl.constexpr,
-    V_FACTOR: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    DIM: tl.constexpr,  # stored elements a row: of int4 half the head
-    DIM_TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):
-    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
-    tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    low = tile * 0  # bisection for the last request whose first tile is not after ours
-    high = low + requests - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if tl.load(query_start_ptr + middle) // BLOCK_Q + middle <= tile:
-            low = middle
-        else:
-            high = middle - 1
-    start = tl.load(query_start_ptr + low)
-    query_len = tl.load(query_start_ptr + low + 1) - start
-    first = (tile - (start // BLOCK_Q + low)) * BLOCK_Q  # of this tile's tokens, among the request's new ones
-    if first >= query_len:
-        return
-    seq_len = tl.load(seq_lens_ptr + low)
-    row = tl.arange(0, BLOCK_M)
-    token, head = first + row // GROUP, kv_head * GROUP + row % GROUP
-    real = (row < BLOCK_Q * GROUP) & (token < query_len)
-    position = seq_len - query_len + token
-    at = tl.arange(0, DIM_TILE)
-    heads = kv_heads * GROUP
-    HEAD: tl.constexpr = 2 * DIM if KIND == _INT4 else DIM
-    q_at = q_ptr + (start + token).to(tl.int64)[:, None] * q_stride + head[:, None] * HEAD + at[None, :]
-    q = tl.load(q_at, mask=real[:, None] & (at < DIM)[None, :], other=0.0)
-    q_high = q
-    if KIND == _INT4:
-        q_high = tl.load(q_at + DIM, mask=real[:, None] & (at < DIM)[None, :], other=0.0)
-
-    first_position = seq_len - query_len + first
-    last_position = tl.minimum(first_position + BLOCK_Q, seq_len) - 1
-    begin, end = 0, last_position // TILE + 1  # tiles of keys that any row sees
-    if WINDOW:
-        begin = tl.maximum(first_position - window + 1, 0) // TILE
-    if SPLITS > 1:
-        share = (end - begin + SPLITS - 1) // SPLITS
-        begin = begin + split * share
-        end = tl.minimum(begin + share, end)
-    bulk = begin  # tiles before it need no mask
-    if not WINDOW:
-        bulk = tl.maximum(tl.minimum((first_position + 1) // TILE, end), begin)
-
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    norm = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, DIM_TILE], tl.float32)
-    if KIND == _INT4:
-        acc_high = tl.zeros([BLOCK_M, DIM_TILE], tl.float32)
-    else:
-        acc_high = 0.0
-    k_scale_base = k_scale_ptr
-    v_scale_base = v_scale_ptr
-    if KIND != _PLAIN:
-        k_scale_base += kv_head * BLOCK_SIZE
-        v_scale_base += kv_head * BLOCK_SIZE
-    k_base = k_ptr + kv_head * (BLOCK_SIZE * DIM)
-    v_base = v_ptr + kv_head * (BLOCK_SIZE * DIM)
-    block_stride = kv_heads * (BLOCK_SIZE * DIM)
-    table = tables_ptr + low.to(tl.int64) * table_stride
-    for n in range(begin, bulk):
-        acc, acc_high, m, norm = _attend(
-            q, q_high, acc, acc_high, m, norm, n * TILE, position, seq_len, k_base, v_base, k_scale_base, v_scale_base, table, block_stride,
-            window, scale, softcap, KIND, PTX, V_UNIT, V_FACTOR, BLOCK_SIZE, DIM, DIM_TILE, TILE, False, False, SOFTCAP,
-        )  # fmt: skip
-    for n in range(bulk, end):
-        acc, acc_high, m, norm = _attend(
-            q, q_high, acc, acc_high, m, norm, n * TILE, position, seq_len, k_base, v_base, k_scale_base, v_scale_base, table, block_stride,
-            window, scale, softcap, KIND, PTX, V_UNIT, V_FACTOR, BLOCK_SIZE, DIM, DIM_TILE, TILE, True, WINDOW, SOFTCAP,
-        )  # fmt: skip
-    empty = norm == 0.0  # rows of padding, and of a split without keys
-    norm = tl.where(empty, 1.0, norm)
-    out_row = (start + token).to(tl.int64) * heads + head  # [BLOCK_M]
-    out_mask = real[:, None] & (at < DIM)[None, :]
-    if SPLITS > 1:
-        place = out_row * SPLITS + split
-        tl.store(lse_ptr + place, tl.where(empty, float("-inf"), m + tl.log2(norm)), mask=real)
-        out_at = partial_ptr + place[:, None] * HEAD + at[None, :]
-    else:
-        out_at = out_ptr + out_row[:, None] * HEAD + at[None, :]
-    tl.store(out_at, (acc / norm[:, None]).to(out_at.dtype.element_ty), mask=out_mask)
-    if KIND == _INT4:
-        tl.store(out_at + DIM, (acc_high / norm[:, None]).to(out_at.dtype.element_ty), mask=out_mask)
-
-
-@triton.jit
-def merge_kernel(partial_ptr, lse_ptr, out_ptr, DIM: tl.constexpr, DIM_TILE: tl.constexpr, SPLITS: tl.constexpr, SPLITS_TILE: tl.constexpr):
-    """One head of one token: its splits' outputs, weighted by their share of the exponentials. An empty split has lse = -inf."""
-    row = tl.program_id(0).to(tl.int64)
-    split, at = tl.arange(0, SPLITS_TILE), tl.arange(0, DIM_TILE)
-    lse = tl.load(lse_ptr + row * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
-    weight = tl.exp2(lse - tl.max(lse, axis=0))
-    inside = (split < SPLITS)[:, None] & (at < DIM)[None, :]
-    partial = tl.load(partial_ptr + (row * SPLITS + split)[:, None] * DIM + at[None, :], mask=inside, other=0.0)
-    out = tl.sum(partial * weight[:, None], axis=0) / tl.sum(weight, axis=0)
-    tl.store(out_ptr + row * DIM + at, out.to(out_ptr.dtype.element_ty), mask=at < DIM)
-
-
-@triton.jit
-def rotate_kernel(
-    x_ptr, out_ptr, x_stride, heads,
-    DIM: tl.constexpr, DIM_TILE: tl.constexpr, HEADS: tl.constexpr, STEPS: tl.constexpr, FACTOR: tl.constexpr,
-):  # fmt: skip
-    """Rows of DIM numbers times the Walsh-Hadamard matrix: grid (T, head groups)."""
-    row, head, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, DIM_TILE)
-    place = head[:, None] * DIM + at[None, :]
-    inside = (head < heads)[:, None] & (at < DIM)[None, :]
-    x = rotated(tl.load(x_ptr + row * x_stride + place, mask=inside, other=0.0).to(tl.float32), STEPS, FACTOR)
-    tl.store(out_ptr + row * (heads * DIM) + place, x.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def _rotated(x: torch.Tensor, stride: int) -> torch.Tensor:
-    tokens, heads, dim = x.shape
-    out = torch.empty((tokens, heads, dim), dtype=x.dtype, device=x.device)
-    width, run = power_of_2(dim), dim & -dim
-    tile = min(power_of_2(heads), max(1, 2048 // width))
-    meta = {"DIM": dim, "DIM_TILE": width, "HEADS": tile, "STEPS": run.bit_length() - 1, "FACTOR": 1 / math.sqrt(run), "num_warps": 4}
-    rotate_kernel[(tokens, triton.cdiv(heads, tile))](x, out, stride, heads, **meta)
-    return out
 
 
 def _tiles(group: int, dim_tile: int, longest: int, itemsize: int, kind: int, shared: int) -> tuple[int, int, dict[str, int]]:
@@ -322,6 +98,18 @@ def _splits(programs: int, longest: int, processors: int, ptx: bool) -> int:
     return max(1, min(-(-longest // _KEYS_PER_SPLIT), wanted, 128))
 
 
+@dataclass(frozen=True)
+class _Launch:
+    """`attention_kernel` over some of the keys: `tiles` of `rows` query rows, `splits` runs of tiles of `keys` keys."""
+
+    which: int  # ALL_KEYS, SHARED_KEYS, OWN_KEYS
+    tiles: int
+    rows: int
+    keys: int
+    splits: int
+    options: dict[str, int]
+
+
 def attention(
     q: torch.Tensor,
     cache: LayerCache,
@@ -329,6 +117,7 @@ def attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     *,
     processors: int,
     shared: int = 64 * 1024,
@@ -345,36 +134,61 @@ def attention(
         raise ConfigError(f"{heads} query heads can't share {kv_heads} KV heads")
     if dim > 256:
         raise ConfigError(f"the triton attention takes heads of up to 256 values, not {dim}")
-    if batch.tails is not None:
-        raise ConfigError("the triton attention doesn't know drafts that branch; set draft_top_k to 1")
     q_stride = row_stride("q", q)
     check_cache(cache, q, kv_heads, dim)
     for name in ("query_start", "seq_lens", "block_tables"):
         index(name, getattr(batch, name), q, torch.int32)
+    if batch.tails is not None:
+        index("tails", batch.tails, q, torch.int64)
+    if sinks is not None:
+        shaped("sinks", sinks, heads)
+        index("sinks", sinks, q, torch.float32)
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     if not tokens:
         return out
     kind, width = kind_of(cache.format), cache.format.width(dim)
     read, unit = number_unit(kind), value_unit(kind, q.dtype)
     if cache.format.rotated:
-        q, q_stride = _rotated(q, q_stride), heads * dim
+        q, q_stride = rotate(q, q_stride), heads * dim
     group, dim_tile = heads // kv_heads, max(16, power_of_2(width))
-    rows, keys, launch = _tiles(group, dim_tile, max(batch.query_lens_host), q.element_size(), kind, shared)
-    tiles = tokens // (rows // group) + requests
-    if splits is None:
-        splits = 1 if rows > max(16, power_of_2(group)) else _splits(requests * kv_heads, max(batch.seq_lens_host), processors, ptx)
+
+    def launch(which: int, queries: int, longest: int, context: int) -> _Launch:
+        """Over `context` keys; `queries`: of how many requests, bringing up to `longest` tokens."""
+        rows, keys, options = _tiles(group, dim_tile, longest, q.element_size(), kind, shared)
+        tiles, wide = tokens // (rows // group) + queries, rows > max(16, power_of_2(group))
+        cut = splits
+        if cut is None and which == SHARED_KEYS:
+            cut = _splits(tiles * kv_heads, context, processors, ptx)
+        elif cut is None:
+            cut = 1 if wide else _splits(requests * kv_heads, context, processors, ptx)
+        return _Launch(which, tiles, rows, keys, cut, options)
+
+    longest, context = max(batch.query_lens_host), max(batch.seq_lens_host)
+    if batch.shared is None or window is not None:
+        launches = [launch(ALL_KEYS, requests, longest, context)]
+    else:
+        index("shared", batch.shared, q, torch.int32)
+        launches = [launch(SHARED_KEYS, 1, tokens, batch.shared_host), launch(OWN_KEYS, requests, longest, context - batch.shared_host)]
+    parts, step = sum(each.splits for each in launches), max(each.keys for each in launches)
     partial = lse = None
-    if splits > 1:
-        partial = torch.empty((tokens, heads, splits, dim), dtype=torch.float32, device=q.device)
-        lse = torch.empty((tokens, heads, splits), dtype=torch.float32, device=q.device)
-    attention_kernel[(tiles, kv_heads, splits)](
-        q, *stored(cache), cache.k_scale, cache.v_scale, out, partial, lse, batch.query_start, batch.seq_lens, batch.block_tables,
-        requests, q_stride, batch.block_tables.stride(0), kv_heads, window or 0, scale * _LOG2E / read, softcap or 0.0,
-        GROUP=group, KIND=kind, PTX=ptx, V_UNIT=unit, V_FACTOR=1 / (read * unit),
-        BLOCK_SIZE=cache.block_size, DIM=width, DIM_TILE=dim_tile, BLOCK_M=rows, TILE=keys, SPLITS=splits,
-        WINDOW=window is not None, SOFTCAP=softcap is not None, **launch,
-    )  # fmt: skip
-    if splits > 1:
-        merge = {"DIM": dim, "DIM_TILE": max(16, power_of_2(dim)), "SPLITS": splits, "SPLITS_TILE": power_of_2(splits), "num_warps": 4}
+    if parts > 1:
+        partial = torch.empty((tokens, heads, parts, dim), dtype=torch.float32, device=q.device)
+        lse = torch.empty((tokens, heads, parts), dtype=torch.float32, device=q.device)
+    first_part = 0
+    for each in launches:
+        tails = None if each.which == SHARED_KEYS else batch.tails
+        attention_kernel[(each.tiles, kv_heads, each.splits)](
+            q, *stored(cache), cache.k_scale, cache.v_scale, sinks, out, partial, lse, batch.query_start, batch.seq_lens,
+            batch.block_tables, tails, None if each.which == ALL_KEYS else batch.shared,
+            requests, q_stride, batch.block_tables.stride(0), 0 if tails is None else tails.stride(0), kv_heads,
+            window or 0, scale * _LOG2E / read, softcap or 0.0,
+            GROUP=group, KIND=kind, PTX=ptx, V_UNIT=unit, V_FACTOR=1 / (read * unit),
+            BLOCK_SIZE=cache.block_size, DIM=width, DIM_TILE=dim_tile, BLOCK_M=each.rows, TILE=each.keys, SPLITS=each.splits,
+            PARTS=parts, FIRST_PART=first_part, KEYS=each.which, SHARED_STEP=step,
+            WINDOW=window is not None, SOFTCAP=softcap is not None, TAILS=tails is not None, SINKS=sinks is not None, **each.options,
+        )  # fmt: skip
+        first_part += each.splits
+    if parts > 1:
+        merge = {"DIM": dim, "DIM_TILE": max(16, power_of_2(dim)), "PARTS": parts, "PARTS_TILE": power_of_2(parts), "num_warps": 4}
         merge_kernel[(tokens * heads,)](partial, lse, out, **merge)
-    return _rotated(out, heads * dim) if cache.format.rotated else out
+    return rotate(out, heads * dim) if cache.format.rotated else out

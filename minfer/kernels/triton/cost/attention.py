@@ -93,6 +93,7 @@ FAMILY = Family(
         case("decode, 64 x 1024, smollm2", 64, 1, 1024, heads=9, kv_heads=3, dim=64),
         case("decode, 64 x 4096, int8 cache", 64, 1, 4096, stored=torch.int8),
         case("decode, 64 x 4096, int4 cache", 64, 1, 4096, stored=torch.uint8),
+        case("decode, 64 x 4096, fp8 cache", 64, 1, 4096, stored=torch.float8_e4m3fn),
         case("decode, 1 x 32768, int8 cache", 1, 1, 32768, stored=torch.int8),
         case("decode, 1 x 32768, int4 cache", 1, 1, 32768, stored=torch.uint8),
         case("drafts, 8 x 5 new of 4096", 8, 5, 4096),
