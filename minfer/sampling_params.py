@@ -62,6 +62,7 @@ class SamplingParams:
         init=False, repr=False
     )  # the most likely token that a grammar, if there is one, allows; nothing else changes logits
     looks_back: bool = field(init=False, repr=False)  # picking a token takes the tokens before it, or its scores are wanted
+    edits: bool = field(init=False, repr=False)  # biases, bans or penalties change logits
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # the one place where a frozen instance normalises itself
@@ -102,7 +103,8 @@ class SamplingParams:
         banned = bool(self.bad_word_token_ids or self.bad_words) or self.min_tokens > 0
         guided = self.structured_outputs is not None or self.grammar is not None
         put(self, "looks_back", penalised or banned or guided or self.logprobs is not None)
-        put(self, "plain", self.greedy and not penalised and not banned and not self.logit_bias and self.logprobs is None)
+        put(self, "edits", penalised or banned or bool(self.logit_bias))
+        put(self, "plain", self.greedy and not self.edits and self.logprobs is None)
 
     def _structured(self, wish: StructuredOutputsParams | Mapping[str, Any]) -> StructuredOutputsParams:
         if isinstance(wish, Mapping):

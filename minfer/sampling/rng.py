@@ -62,11 +62,12 @@ class UniformsAhead:
         self._runs: OrderedDict[tuple[int, int], list[float]] = OrderedDict()  # (seed, position // RUN) -> its numbers
 
     def __call__(self, seeds_and_positions: Iterable[tuple[int, int]]) -> list[float]:
-        places = [(seed, *divmod(position, self.RUN)) for seed, position in seeds_and_positions]
-        missing = list(dict.fromkeys((seed, run) for seed, run, _ in places if (seed, run) not in self._runs))
+        runs, size = self._runs, self.RUN
+        places = [((seed, position // size), position % size) for seed, position in seeds_and_positions]
+        missing = [place for place, _ in places if place not in runs]
         if missing:
-            self._make(missing)
-        numbers = [self._runs[seed, run][offset] for seed, run, offset in places]
+            self._make(list(dict.fromkeys(missing)))
+        numbers = [runs[place][offset] for place, offset in places]
         while len(self._runs) > self._capacity:
             self._runs.popitem(last=False)
         return numbers

@@ -61,6 +61,29 @@ class Drawn:
         return self._result()
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the parameters of a batch of rows say together. Mostly the same rows come back step after step, and it is found once."""
+
+    rows: _Rows
+    plain: bool  # all want the best token
+    edits: bool  # some have biases, bans or penalties
+    scored: list[int]  # those that want log-probabilities
+    wishes: Tensor | None  # [S, 5] float64 for the op table's `sample`, without random numbers; None where one wants what it hasn't
+
+    @staticmethod
+    def by(rows: _Rows, vocab_size: int) -> _Asked:
+        params = [row.params for row in rows]
+        wishes = [(0.0, 0.0 if p.greedy else p.temperature, _top_k(p, vocab_size), p.top_p, p.min_p) for p in params]
+        return _Asked(
+            rows,
+            plain=all(p.plain for p in params),
+            edits=any(p.edits for p in params),
+            scored=[index for index, p in enumerate(params) if p.logprobs is not None],
+            wishes=torch.tensor(wishes, dtype=torch.float64) if all(p.typical_p >= 1 for p in params) else None,
+        )
+
+
 class Sampler:
     """Holds the processors and their state for one engine; `vocab_size` is the logits' width.
 
@@ -91,8 +114,7 @@ class Sampler:
         self._fetch = fetch
         self._score = score
         self._uniforms = UniformsAhead()
-        self._rows: _Rows = ()  # of the last call
-        self._plain = False  # whether all of them are
+        self._asked = _Asked.by((), vocab_size)  # in the last call
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, rows: _Rows) -> SamplerOutput:
@@ -107,17 +129,19 @@ class Sampler:
         self._check(logits, rows)
         if not rows:
             return Drawn(torch.empty(0, dtype=torch.int64, device=logits.device), lambda: SamplerOutput([], [], []))
-        if rows != self._rows:  # mostly they are those of the step before
-            self._rows, self._plain = rows, all(row.params.plain for row in rows)
-        if self._argmax is not None and self._plain:
+        if rows != self._asked.rows:  # mostly they are those of the step before
+            self._asked = _Asked.by(rows, self.vocab_size)
+        asked, scored = self._asked, self._asked.scored
+        if self._argmax is not None and asked.plain:
             return self._take_the_best(logits, rows, self._argmax)
-        scored = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
         raw = _copied(logits, scored) if scored else None
-        for processor in self.processors:
+        for processor in self.processors if asked.edits else self._own_processors:
             processor(logits, rows)
         uniforms = self._uniforms((row.seed, row.position) for row in rows)
-        if self._draw is not None and all(row.params.typical_p >= 1 for row in rows):
-            tokens = self._draw(logits, torch.tensor(_wishes(rows, uniforms, self.vocab_size), dtype=torch.float64))
+        if self._draw is not None and asked.wishes is not None:
+            wishes = asked.wishes.clone()
+            wishes[:, 0] = torch.tensor(uniforms, dtype=torch.float64)
+            tokens = self._draw(logits, wishes)
         else:
             maxima = block_maxima(logits)
             best = maxima.amax(-1)
@@ -252,12 +276,6 @@ def _first_bound(maxima: Tensor, best: Tensor, rows: _Rows, filters: Filters, si
         k = torch.tensor(ks, device=best.device)
         bound = torch.where(k > 0, kth_bound(maxima, k.clamp(min=1), max(ks)), bound)
     return bound.masked_fill(~best.isfinite(), math.inf)
-
-
-def _wishes(rows: _Rows, uniforms: list[float], vocab_size: int) -> list[tuple[float, ...]]:
-    """A row each of what the op table's `sample` wants to know."""
-    drawn = zip((row.params for row in rows), uniforms, strict=True)
-    return [(u, 0 if p.greedy else p.temperature, _top_k(p, vocab_size), p.top_p, p.min_p) for p, u in drawn]
 
 
 def _top_k(params: SamplingParams, vocab_size: int) -> int:
