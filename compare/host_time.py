@@ -33,12 +33,13 @@ BATCHES = (1, 64, 256)
 PROMPT, OUTPUT = 256, 100
 VARIANTS: tuple[tuple[str, OutputKind], ...] = (("off", "delta"), ("on", "delta"), ("on", "final"))
 HARDEST = ("qwen2.5-0.5b", "int4")  # the shortest steps: whose parts are shown
-MORE_BATCH = 64
+MORE_BATCHES = (64, 256)
 NGRAM = {"speculative": "ngram", "ngram_min_match": 1, "num_draft_tokens": 4, "adaptive_drafts": False}
-# What requests may ask for beside, and what it is called: (temperature, settings).
-MORE: dict[str, tuple[float, dict[str, Any]]] = {
-    "drawn at temperature 0.8": (0.8, {}),
-    "4 n-gram drafts each, nearly all wrong": (0.0, NGRAM),
+# What requests may ask for beside, and what it is called: (temperature, whether they have a grammar, settings).
+MORE: dict[str, tuple[float, bool, dict[str, Any]]] = {
+    "drawn at temperature 0.8": (0.8, False, {}),
+    "grammars": (0.0, True, {}),
+    "4 n-gram drafts each, nearly all wrong": (0.0, False, NGRAM),
 }
 
 Case = dict[str, Any]
@@ -62,11 +63,12 @@ def measure(models: Sequence[str], gpus: Sequence[str], batches: Sequence[int]) 
     earlier: Iterable[Case] = json.loads(target.read_text())["cases"] if target.exists() else ()
     cases = {name_of(case): case for case in earlier}
     for model, gpu, weights, batch in itertools.product(models, gpus, WEIGHTS, batches):
-        asked: list[tuple[str, OutputKind, float, dict[str, Any]]] = [(overlap, outputs, 0.0, {}) for overlap, outputs in VARIANTS]
-        if (model, weights, batch) == (*HARDEST, MORE_BATCH):
-            asked += [("auto" if settings else "on", "delta", temperature, settings) for temperature, settings in MORE.values()]
-        for overlap, outputs, temperature, settings in asked:
-            case = run(model, gpu, weights, batch, overlap, outputs, temperature, **settings)
+        asked: list[tuple[str, OutputKind, float, bool, dict[str, Any]]]
+        asked = [(overlap, outputs, 0.0, False, {}) for overlap, outputs in VARIANTS]
+        if (model, weights) == HARDEST and batch in MORE_BATCHES:
+            asked += [("auto" if more[-1] else "on", "delta", *more) for more in MORE.values()]
+        for overlap, outputs, temperature, guided, settings in asked:
+            case = run(model, gpu, weights, batch, overlap, outputs, temperature, guided, **settings)
             cases[name_of(case)] = case
             print(f"{model} {weights} on {gpu}, batch {batch}, overlap {overlap}, {outputs}: {case['step_ms']}", file=sys.stderr)
     versions = {"torch": torch.__version__}
@@ -75,16 +77,26 @@ def measure(models: Sequence[str], gpus: Sequence[str], batches: Sequence[int]) 
     return target
 
 
-def run(model: str, gpu: str, weights: str, batch: int, overlap: str, outputs: OutputKind, temperature: float = 0.0, **more: Any) -> Case:
+def run(
+    model: str,
+    gpu: str,
+    weights: str,
+    batch: int,
+    overlap: str,
+    outputs: OutputKind,
+    temperature: float = 0.0,
+    guided: bool = False,
+    **more: Any,
+) -> Case:
     settings: dict[str, Any] = {"max_num_seqs": 256, "max_model_len": 1024, "tokenizer": "smollm2-135m", **more}
     config = EngineConfig(model=model, quant=WEIGHTS[weights], overlap=overlap, **settings)  # type: ignore[arg-type]
     gc.unfreeze()  # the case before
-    return simulate(config, gpu, Shape(PROMPT, OUTPUT, batch), temperature, kind=outputs)
+    return simulate(config, gpu, Shape(PROMPT, OUTPUT, batch), temperature, outputs, guided=guided)
 
 
 def name_of(case: Case) -> tuple[Any, ...]:
     model = case["model"], case["gpu"], case["weights"], case["batch_size"]
-    return *model, case["overlap"], case["outputs"], case["temperature"], case["speculative"]
+    return *model, case["overlap"], case["outputs"], case["temperature"], case["guided"], case["speculative"]
 
 
 def tables(results: Mapping[str, Any]) -> str:
@@ -109,7 +121,7 @@ def _steps(cases: Mapping[tuple[Any, ...], Case], gpu: str) -> list[str]:
         "|---" * 9 + "|",
     ]
     for model, weights, batch in itertools.product(MODELS, WEIGHTS, BATCHES):
-        keys = [(model, gpu, weights, batch, overlap == "on", outputs, 0.0, "none") for overlap, outputs in VARIANTS]
+        keys = [(model, gpu, weights, batch, overlap == "on", outputs, 0.0, False, "none") for overlap, outputs in VARIANTS]
         if not all(key in cases for key in keys):
             continue
         off, on, offline = (cases[key] for key in keys)
@@ -127,11 +139,12 @@ def _parts(cases: Mapping[tuple[Any, ...], Case]) -> list[str]:
         "|---" * (len(PARTS) + 3) + "|",
     ]
     shown = {
-        f"batch {batch}{said}": (batch, True, outputs, 0.0, "none")
+        f"batch {batch}{said}": (batch, True, outputs, 0.0, False, "none")
         for batch, (outputs, said) in itertools.product(BATCHES, (("delta", ""), ("final", ", offline")))
     }
-    for said, (temperature, settings) in MORE.items():
-        shown[f"batch {MORE_BATCH}, {said}"] = (MORE_BATCH, not settings, "delta", temperature, settings.get("speculative", "none"))
+    for batch, (said, (temperature, guided, settings)) in itertools.product(MORE_BATCHES, MORE.items()):
+        drafts = settings.get("speculative", "none")
+        shown[f"batch {batch}, {said}"] = (batch, drafts == "none", "delta", temperature, guided, drafts)
     for said, key in shown.items():
         case = cases.get((model, "h200", weights, *key))
         if case is not None:

@@ -19,6 +19,7 @@ from minfer.engine.outputs import OutputKind
 from minfer.engine.watch import Watcher
 from minfer.errors import ConfigError
 from minfer.sampling_params import SamplingParams
+from minfer.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from minfer.engine.engine import Engine
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from minfer.tokenizer import Tokenizer
 
 _ELEMENTS = {"auto": "bf16", "none": "bf16", "fp8": "fp8", "int4": "int4"}  # by the value of --quant
+_WORDS_ALONE = "[A-Za-z ]+"
 PARTS = (*HOST_PARTS, "forward", "output")
 
 
@@ -40,8 +42,12 @@ class _Parts(Watcher):
         self.steps.append({**times, "output": ended - started - sum(times.values())})
 
 
-def simulate(config: EngineConfig, gpu: str, shape: Shape, temperature: float = 0.0, kind: OutputKind = "delta") -> dict[str, Any]:
-    """One batch from its prompts to its last tokens, on a GPU by that name. Raises ConfigError for what can't be simulated."""
+def simulate(
+    config: EngineConfig, gpu: str, shape: Shape, temperature: float = 0.0, kind: OutputKind = "delta", *, guided: bool = False
+) -> dict[str, Any]:
+    """One batch from its prompts to its last tokens, on a GPU by that name. `guided`: every request has a grammar, which allows words
+    alone. Raises ConfigError for what can't be simulated.
+    """
     from minfer.engine.simulated import simulated_engine
     from minfer.kernels.simulated import find_gpu
 
@@ -49,16 +55,17 @@ def simulate(config: EngineConfig, gpu: str, shape: Shape, temperature: float = 
         raise ConfigError(f"--simulate knows --quant none, fp8 and int4, not {config.quant}")
     tokenizer = _tokenizer(config)
     engine, device = simulated_engine(config, find_gpu(gpu), _ELEMENTS[config.quant], tokenizer)
-    measured = measure_host(engine, device, shape, temperature, kind)
+    form = StructuredOutputsParams(regex=_WORDS_ALONE) if guided else None
+    params = SamplingParams(max_tokens=shape.output_tokens, ignore_eos=True, temperature=temperature, seed=0, structured_outputs=form)
+    measured = measure_host(engine, device, shape, params, kind)
     asked = {"gpu": gpu, "model": config.model, "weights": _ELEMENTS[config.quant], "overlap": engine.core.overlaps}
-    asked["speculative"] = config.speculative
+    asked |= {"speculative": config.speculative, "guided": guided}
     return {**asked, **vars(shape), "temperature": temperature, "outputs": kind, "text": tokenizer is not None, **measured}
 
 
-def measure_host(engine: Engine, device: SimulatedDevice, shape: Shape, temperature: float, kind: OutputKind) -> dict[str, Any]:
+def measure_host(engine: Engine, device: SimulatedDevice, shape: Shape, params: SamplingParams, kind: OutputKind) -> dict[str, Any]:
     """Milliseconds of decode steps, as [median, 99th percentile]."""
     rng = random.Random(0)
-    params = SamplingParams(max_tokens=shape.output_tokens, ignore_eos=True, temperature=temperature, seed=0)
     for n in range(shape.batch_size):
         prompt = [rng.randrange(engine.inputs.vocab_size) for _ in range(shape.prompt_tokens)]
         engine.add_request(f"bench-{n}", prompt, params, kind=kind)

@@ -84,14 +84,15 @@ class GrammarMasks:
         return allowed if begun is rows else None
 
     def _allowed(self, rows: Sequence[SamplingRow], at: list[int]) -> Tensor:
-        followers: list[_Follower] = []
+        followers: dict[_Follower, None] = {}
         for index in at:
             follower = self._follower(rows[index])
-            # A second row of the same request is for a later position, after drafts: the request's own matcher stays where it is.
-            followers.append(follower.branch(rows[index].output_token_ids) if follower in followers else follower)
-            if followers[-1] is follower:
+            if follower in followers:  # a second row of a request is for a later position, after drafts: its own matcher stays where it is
+                follower = follower.branch(rows[index].output_token_ids)
+            else:
                 follower.follow(rows[index].output_token_ids)
-        return self._fill(followers)
+            followers[follower] = None
+        return self._fill(list(followers))
 
     def forced(self, row: SamplingRow) -> list[int]:
         """The tokens that must come next in the row's output, as its tokenizer would write them; none where there is a choice."""

@@ -33,7 +33,6 @@ from minfer.kvcache import LayerCache
 from minfer.quant import PackedWeight
 
 GIB = 1024**3
-_WORDS = 64
 
 
 @dataclass(frozen=True)
@@ -135,9 +134,13 @@ class SimulatedDevice:
         to.copy_(source)
         self._host(begun, self.gpu.call)
 
+    def call(self, count: int) -> None:
+        """Begins so many copies or events, whose bytes nobody needs."""
+        self._host(time.perf_counter(), count * self.gpu.call)
+
     def fetch(self, *tensors: torch.Tensor) -> Arrival:
         """Begins to bring tensors to the host, as `kernels/fetch.py` does."""
-        self._host(time.perf_counter(), (len(tensors) + 1) * self.gpu.call)
+        self.call(len(tensors) + 1)
         done = self._free_at
 
         def wait() -> list[Any]:
@@ -221,13 +224,13 @@ class SimulatedExperts(Experts):
 class SimulatedBackend(Backend):
     """Every op as a kernel of that many bytes; the tensors that come out are one zero, shown in the right shape.
 
-    `element` is that of all matrices but those with `vocab_size` rows, which stay in 16 bits. Tokens are drawn at random from a few ids
-    below `tokens_below`, so that there is something to detokenise and, as in a server that runs for a while, little of it is new.
+    `element` is that of all matrices but those with `vocab_size` rows, which stay in 16 bits. Tokens are drawn at random, a few
+    of `words`, so that there is something to detokenise and, as in a server that runs for a while, little of it is new.
     """
 
     name = "simulated"
 
-    def __init__(self, device: SimulatedDevice, element: str, vocab_size: int, tokens_below: int) -> None:
+    def __init__(self, device: SimulatedDevice, element: str, vocab_size: int, words: Sequence[int]) -> None:
         if element not in ELEMENTS:
             raise ConfigError(f"weights can be simulated as {', '.join(ELEMENTS)}, not {element!r}")
         self.device = device
@@ -236,8 +239,7 @@ class SimulatedBackend(Backend):
         self.fetch = device.fetch
         self._zero = torch.zeros(1, 1)
         generator = torch.Generator().manual_seed(0)
-        words = torch.randint(tokens_below, (_WORDS,), generator=generator)
-        self._tokens = words[torch.randint(_WORDS, (8192,), generator=generator)]
+        self._tokens = torch.tensor(words)[torch.randint(len(words), (8192,), generator=generator)]
         self._drawn = 0
 
     def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
@@ -295,6 +297,10 @@ class SimulatedBackend(Backend):
     def sample(self, logits: torch.Tensor, wishes: torch.Tensor) -> torch.Tensor:
         self.device.kernel(2 * 4.0 * logits.numel())
         return self._pick(logits.shape[0])
+
+    def forbid(self, logits: torch.Tensor, bits: torch.Tensor, rows: torch.Tensor | None) -> None:
+        self.device.call(1)
+        self.device.kernel(4.0 * bits.numel() * (1 + 2 * 32))
 
     def _pick(self, rows: int) -> torch.Tensor:
         if self._drawn + rows > len(self._tokens):
