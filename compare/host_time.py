@@ -107,11 +107,11 @@ def name_of(case: Case) -> tuple[Any, ...]:
 
 def tables(results: Mapping[str, Any]) -> str:
     cases = {name_of(case): case for case in results["cases"]}
-    host, runs = results["machine"], min(case["runs"] for case in results["cases"])
+    host = results["machine"]
     said = (
         f"Host: {host.get('cpu', 'this CPU')}, Python {host['python']}, torch {results['versions']['torch']}; prompts of {PROMPT} tokens, "
-        f"{OUTPUT} generated, with text; medians, and 99th percentiles behind a slash, of the quietest of {runs} runs, since others "
-        f"on this machine only add to them; `{results['command']}`, then with `--again`. The first columns are "
+        f"{OUTPUT} generated, with text; medians, and 99th percentiles behind a slash, of the quietest run where there were several "
+        f"(others on the machine only add to it); `{results['command']}`, and again with `--again`. The first columns are "
         "of requests that are told each token, as a server's streams are; *offline* are those that are told their text at the end, as "
         "from `LLM.generate`."
     )

@@ -27,6 +27,7 @@ from minfer.runner.upload import Copy, Upload, copy_later
 
 _Ints = NDArray[np.int64]
 FEW = 8
+WIDTH = 16
 
 
 class BatchRow(Protocol):
@@ -125,7 +126,7 @@ class BatchBuilder:
         self.block_size = block_size
         self.shared_prefix = shared_prefix
         self.keys_saved = 0  # that attention, in each layer, needn't read again thanks to shared prefixes
-        max_blocks = -(-max_len // block_size)
+        self._max_blocks = max_blocks = -(-max_len // block_size)
         self._sets = [_Buffers(max_tokens, max_requests, max_blocks, max_tail, adapters) for _ in range(2)]
         self.copy = copy or copy_later
         uploads = device.type != "cpu" or copy is not None
@@ -161,7 +162,7 @@ class BatchBuilder:
             starts, counts, logits = (np.array(values) for values in zip(*((s.start, s.count, s.logits) for s in spans), strict=True))
             num_logits = self._fill(host, tokens, starts, counts, logits)
         shared = self._shared(host, [span.start for span in spans]) if self.shared_prefix else 0
-        views = host.views(total, len(spans), widest, num_logits, shared)
+        views = host.views(total, len(spans), self._width(widest), num_logits, shared)
         if any(span.tail for span in spans):
             self._fill_tails(host, spans)
             views = {**views, "tails": host.tensors["tails"][: len(spans)]}
@@ -188,9 +189,15 @@ class BatchBuilder:
         else:
             self._fill_one_each(host, tokens if known else None, np.array(starts))
         shared = self._shared(host, starts) if self.shared_prefix else 0
-        views, query_lens = host.views(count, count, widest, count, shared), [1] * count
+        views, query_lens = host.views(count, count, self._width(widest), count, shared), [1] * count
         lora = None if host.lora is None else self._lora(host.lora, rows, query_lens)
         return self._batch(views, query_lens, [start + 1 for start in starts], lora, shared, one_each=True)
+
+    def _width(self, blocks: int) -> int:
+        """How many columns of the block tables a batch shows. On a GPU it keeps its shape for longer: laying it out anew costs
+        the host what a step does.
+        """
+        return blocks if self._upload is None else min(-(-blocks // WIDTH) * WIDTH, self._max_blocks)
 
     def _other_set(self) -> _Buffers:
         self._turn = 1 - self._turn

@@ -35,6 +35,8 @@ def same(uploaded: Batch, built: Batch) -> None:
     for name in FIELDS:
         ours, theirs = getattr(uploaded, name), getattr(built, name)
         assert ours.dtype == theirs.dtype and ours.device.type == DEVICE.type
+        if name == "block_tables":  # may be wider
+            ours = ours[:, : theirs.shape[1]]
         assert ours.tolist() == theirs.tolist(), name
         assert ours.data_ptr() % 16 == 0, "kernels take another way for addresses that 16 doesn't divide"
     assert (uploaded.query_lens_host, uploaded.seq_lens_host) == (built.query_lens_host, built.seq_lens_host)
