@@ -1,7 +1,7 @@
 """`python -m compare.speculation WHAT`: what guessing ahead is worth, in parts that take a few minutes each.
 
     texts      plain and every proposer at batch 1: code to edit, a source to quote, open chat
-    batches    open chat at batch 1 to 32, where drafts stop paying and must switch themselves off
+    batches    open chat at batch 1 to 32, where drafts stop paying and must switch themselves off; `--sizes 1,2` for some of them
     peers      vLLM's and llama.cpp's n-gram speculation on the same prompts
     forced     a 7B shape with a small drafter, as a function of how often drafts are right
     page       the tables of docs/speculative.md, from the newest file of each part
@@ -17,21 +17,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import socket
 import statistics
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from compare import machine, speculation_forced, speculation_peers
 from compare.ablation import ROOT, fill
+from compare.measure import Spread
 from minfer import LLM, SamplingParams
 
 PAGE = ROOT / "docs" / "speculative.md"
 PARTS = ("texts", "batches", "peers", "forced")
 BATCHES = (1, 2, 4, 8, 16, 32)
 TOKENS = 160
+PAIRS = 4  # at batch 1 in one round
 
 CODE = """def read_config(path):
     with open(path) as handle:
@@ -68,29 +73,54 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--head", type=Path, help="a drafting head trained for the model")
     parser.add_argument("--rounds", type=int, default=5, help="times that everything is timed")
+    parser.add_argument("--sizes", default=",".join(map(str, BATCHES)), help="batches: which ones")
+    parser.add_argument("--append", action="store_true", help="add to the newest file of this part")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="end after so long, with what there is")
     parser.add_argument("--target", default="llama2-7b", help="forced: the shape that is drafted for")
     parser.add_argument("--drafter", default="tinyllama-1.1b", help="forced: the shape that drafts")
     options = parser.parse_args()
     if options.what != "page":
-        facts = {"machine": machine.describe(), "rounds": options.rounds, "command": _command(options)}
-        target = ROOT / "results" / f"speculation-{options.what}-{time.strftime('%Y-%m-%d')}-{socket.gethostname()}.json"
-        target.write_text(json.dumps({**facts, **_measure(options)}, indent=1) + "\n")
-        print(target)
+        _keep(options, time.monotonic() + options.seconds)
     PAGE.write_text(fill(PAGE.read_text(), tables()))
 
 
-def _measure(options: argparse.Namespace) -> dict[str, Any]:
+def _keep(options: argparse.Namespace, end: float) -> None:
+    """Measures, and writes down what there is whenever there is more."""
+    target = newest(options.what) if options.append else None
+    if target is None:
+        target = ROOT / "results" / f"speculation-{options.what}-{time.strftime('%Y-%m-%d')}-{socket.gethostname()}.json"
+        results = {"machine": machine.describe(), "command": _command(options), **_subject(options), "runs": []}
+    else:
+        results = json.loads(target.read_text())
+    for runs in _measure(options):
+        results["runs"] += runs
+        target.write_text(json.dumps(results, indent=1) + "\n")
+        if time.monotonic() > end:
+            break
+    print(target)
+
+
+def _subject(options: argparse.Namespace) -> dict[str, Any]:
+    if options.what == "forced":
+        return {"target": options.target, "drafter": options.drafter, "quant": "int4", "drafts": 4}
+    return {} if options.what == "peers" else {"model": options.model}
+
+
+def _measure(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Runs, a case at a time."""
     if options.what == "texts":
-        return {"model": options.model, "runs": measure(options, [(kind, 1) for kind in TEXTS], variants(options.head, skip=True))}
-    if options.what == "batches":
-        return {"model": options.model, "runs": measure(options, [("open chat", batch) for batch in BATCHES], variants(options.head))}
-    if options.what == "peers":
+        yield from measure(options, [(kind, 1) for kind in TEXTS], variants(options.head, skip=True))
+    elif options.what == "batches":
+        chosen = variants(options.head)
+        del chosen["plain"]  # each engine is its own
+        yield from measure(options, [("open chat", int(size)) for size in options.sizes.split(",")], chosen)
+    elif options.what == "peers":
         tokenizer = LLM(options.model, max_model_len=256, kv_cache_memory=2**24).get_tokenizer()
         prompts = {kind: tokenizer.apply_chat_template([{"role": "user", "content": text}]) for kind, text in TEXTS.items()}
-        runs = [run for peer in speculation_peers.PEERS for run in speculation_peers.measure(peer, prompts, TOKENS, options.rounds, 8)]
-        return {"runs": runs}
-    forced = {"target": options.target, "drafter": options.drafter, "quant": "int4", "drafts": 4}
-    return {**forced, "runs": speculation_forced.measure(options.target, options.drafter, "int4", 4, 32, min(options.rounds, 3))}
+        for peer in speculation_peers.PEERS:
+            yield speculation_peers.measure(peer, prompts, TOKENS, options.rounds, 8)
+    else:
+        yield from speculation_forced.measure(options.target, options.drafter, "int4", 4, 24, options.rounds)
 
 
 def variants(head: Path | None, *, skip: bool = False) -> dict[str, dict[str, Any]]:
@@ -106,23 +136,23 @@ def variants(head: Path | None, *, skip: bool = False) -> dict[str, dict[str, An
     return found
 
 
-def measure(options: argparse.Namespace, cases: list[tuple[str, int]], chosen: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every variant's answer to every (text, batch), in turns; the first round warms up."""
+def measure(options: argparse.Namespace, cases: list[tuple[str, int]], chosen: dict[str, dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Every variant's answers to every (text, batch), in turns; the first round warms up. Short ones are asked for more often."""
     sizes: dict[str, Any] = {"max_model_len": 2048, "max_num_seqs": 32, "kv_cache_memory": 2**30}
     engines = {name: LLM(options.model, **sizes, **settings) for name, settings in chosen.items()}
-    runs: list[dict[str, Any]] = []
     for number in range(options.rounds + 1):
         for kind, batch in cases:
             print(f"round {number} of {options.rounds}: {kind}, batch {batch}", file=sys.stderr)
-            turn = list(engines.items())[:: 1 if number % 2 else -1]
-            answers = {name: both(llm, kind, batch, drafts_first=number % 2 == 0) for name, llm in turn}
-            if any(result["tokens"] != answers["plain"]["tokens"] for result in answers.values()):
-                raise SystemExit(f"{kind} at batch {batch}: speculation changed the output")
-            if number:
+            runs: list[dict[str, Any]] = []
+            for pair in range(max(1, PAIRS // batch) if number else 1):
+                turn = list(engines.items())[:: 1 if (number + pair) % 2 else -1]
+                answers = {name: both(llm, kind, batch, drafts_first=(number + pair) % 2 == 0) for name, llm in turn}
+                first = next(iter(answers.values()))["tokens"]
+                if any(result.pop("tokens") != first for result in answers.values()):
+                    raise SystemExit(f"{kind} at batch {batch}: speculation changed the output")
                 runs += [{"text": kind, "batch": batch, "variant": name, **answers[name]} for name in engines]
-    for run in runs:
-        del run["tokens"]
-    return runs
+            if number:
+                yield runs
 
 
 def both(llm: LLM, kind: str, batch: int, *, drafts_first: bool) -> dict[str, Any]:
@@ -136,7 +166,10 @@ def both(llm: LLM, kind: str, batch: int, *, drafts_first: bool) -> dict[str, An
     for drafting in (drafts_first, not drafts_first):
         llm.engine.core.speculation = speculation if drafting else None
         result = answer(llm, kind, batch)
-        found |= result if drafting else {"plain_tokens_per_s": result["decode_tokens_per_s"]}
+        if found and found["tokens"] != result["tokens"]:
+            raise SystemExit(f"{kind} at batch {batch}: speculation changed the output")
+        plain = {"tokens": result["tokens"], "plain_tokens_per_s": result["decode_tokens_per_s"]}
+        found = {**found, **result} if drafting else {**found, **plain}
     llm.engine.core.speculation = speculation
     return found
 
@@ -162,6 +195,11 @@ def answer(llm: LLM, kind: str, batch: int) -> dict[str, Any]:
     return result
 
 
+def newest(part: str) -> Path | None:
+    """Its last file."""
+    return max((ROOT / "results").glob(f"speculation-{part}-*.json"), key=lambda file: file.name, default=None)
+
+
 def tables() -> str:
     """All parts that have been measured."""
     parts = []
@@ -171,9 +209,9 @@ def tables() -> str:
         ("peers", speculation_peers.table),
         ("forced", speculation_forced.table),
     ):
-        files = sorted((ROOT / "results").glob(f"speculation-{part}-*.json"), key=lambda file: file.name)
-        if files:
-            parts.append(show(json.loads(files[-1].read_text())))
+        file = newest(part)
+        if file is not None:
+            parts.append(show(json.loads(file.read_text())))
     return "\n".join(parts)
 
 
@@ -186,18 +224,20 @@ def texts_table(results: dict[str, Any]) -> str:
     ]
     for kind in TEXTS:
         for name in dict.fromkeys(run["variant"] for run in results["runs"]):
-            run = next(run for run in results["runs"] if (run["text"], run["variant"]) == (kind, name))
+            runs = _chosen(results, kind, 1, name)
             now, ratio = speed(results, kind, 1, name), against_plain(results, kind, 1, name)
-            lines.append(f"| {kind} | {name} | {now:,.0f} | {ratio:.2f}x | {_acceptance(run)} |")
+            lines.append(f"| {kind} | {name} | {now:,.0f} | {_interval(ratio)} | {_acceptance(runs)} |")
     return "\n".join(lines) + "\n"
 
 
-def _acceptance(run: dict[str, Any]) -> str:
-    drafts = run.get("drafts")
-    if not drafts or not drafts["drafts"]:
+def _acceptance(runs: list[dict[str, Any]]) -> str:
+    """Of all answers together: what is drafted depends on the clock."""
+    made = sum(run["drafts"]["drafts"] for run in runs if run.get("drafts"))
+    if not made:
         return "1.0 | no drafts"
-    shares = [count / drafts["drafts"] for count in run["accepted_at"]]
-    return f"{run['output_tokens'] / (run['output_tokens'] - drafts['accepted_tokens']):.1f} | {', '.join(f'{s:.0%}' for s in shares[:4])}"
+    accepted, said = sum(run["drafts"]["accepted_tokens"] for run in runs), sum(run["output_tokens"] for run in runs)
+    depths = zip(*(run["accepted_at"] for run in runs), strict=True)
+    return f"{said / (said - accepted):.1f} | {', '.join(f'{sum(counts) / made:.0%}' for counts in list(depths)[:4])}"
 
 
 def batches_table(results: dict[str, Any]) -> str:
@@ -205,24 +245,31 @@ def batches_table(results: dict[str, Any]) -> str:
     lines = [
         _heading(results),
         "",
-        "| open chat, batch | " + " | ".join(f"{name}, tokens/s" for name in names) + " | worst against plain |",
-        "|---" * (len(names) + 2) + "|",
+        "| open chat, batch | plain, tokens/s | " + " | ".join(f"{name} | against plain | pairs" for name in names) + " |",
+        "|---" * (3 * len(names) + 2) + "|",
     ]
-    for batch in BATCHES:
-        speeds = [speed(results, "open chat", batch, name) for name in names]
-        worst = min(against_plain(results, "open chat", batch, name) for name in names[1:])
-        lines.append(f"| {batch} | {' | '.join(f'{s:,.0f}' for s in speeds)} | {worst:.2f}x |")
+    for batch in sorted({run["batch"] for run in results["runs"]}):
+        own = [run for name in names for run in _chosen(results, "open chat", batch, name)]
+        cells = [f"{statistics.median(run['plain_tokens_per_s'] for run in own):,.0f}"]
+        for name in names:
+            ratio = against_plain(results, "open chat", batch, name)
+            cells += [f"{speed(results, 'open chat', batch, name):,.0f}", _interval(ratio), str(ratio.n)]
+        lines.append(f"| {batch} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _interval(ratio: Spread) -> str:
+    return f"{ratio.median:.2f}x" + (f" ({ratio.low:.2f} to {ratio.high:.2f})" if ratio.n > 1 else "")
 
 
 def speed(results: dict[str, Any], kind: str, batch: int, variant: str) -> float:
     return float(statistics.median(run["decode_tokens_per_s"] for run in _chosen(results, kind, batch, variant)))
 
 
-def against_plain(results: dict[str, Any], kind: str, batch: int, variant: str) -> float:
-    """The median of the rounds' ratios of the engine with drafts to itself without."""
+def against_plain(results: dict[str, Any], kind: str, batch: int, variant: str) -> Spread:
+    """The ratios of the engine with drafts to itself without."""
     runs = _chosen(results, kind, batch, variant)
-    return float(statistics.median(run["decode_tokens_per_s"] / run.get("plain_tokens_per_s", run["decode_tokens_per_s"]) for run in runs))
+    return Spread.of([run["decode_tokens_per_s"] / run.get("plain_tokens_per_s", run["decode_tokens_per_s"]) for run in runs])
 
 
 def _chosen(results: dict[str, Any], kind: str, batch: int, variant: str) -> list[dict[str, Any]]:
@@ -232,12 +279,14 @@ def _chosen(results: dict[str, Any], kind: str, batch: int, variant: str) -> lis
 def _heading(results: dict[str, Any]) -> str:
     cpu = results["machine"].get("cpu", "this CPU")
     cores = results["machine"].get("cores", "?")
-    return f"{results['model']} on {cpu}, {cores} cores; medians of {results['rounds']} interleaved rounds; `{results['command']}`."
+    counts = Counter((run["text"], run["batch"], run["variant"]) for run in results["runs"]).values()
+    times = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    return f"{results['model']} on {cpu}, {cores} cores; medians of {times} interleaved answers; `{results['command']}`."
 
 
 def _command(options: argparse.Namespace) -> str:
     head = " --head DIR" if options.head else ""
-    return f"python -m compare.speculation {options.what}{head} --rounds {options.rounds}"
+    return f"python -m compare.speculation {options.what}{head}"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,9 +52,9 @@ class Forced:
         return [token if self._random.random() < self.rate else (token + 1) % self.vocab_size for token in self.truth[at : at + count]]
 
 
-def measure(target: str, drafter: str, quant: str, drafts: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """Tokens per second, from the first token to the last, at each of `RATES` and without drafts (rate None)."""
-    options: dict[str, Any] = {"load_format": "dummy", "quant": quant, "max_model_len": 512, "kv_cache_memory": 2**30, "seed": 0}
+def measure(target: str, drafter: str, quant: str, drafts: int, tokens: int, rounds: int) -> Iterator[list[dict[str, Any]]]:
+    """Tokens per second, from the first token to the last, at each of `RATES` and without drafts (rate None), in turns."""
+    options: dict[str, Any] = {"load_format": "dummy", "quant": quant, "max_model_len": 256, "kv_cache_memory": 2**28, "seed": 0}
     options |= {"speculative": "draft", "draft_model": drafter, "num_draft_tokens": drafts, "adaptive_drafts": False, "max_num_seqs": 1}
     llm = LLM(target, **options)
     speculation = llm.engine.core.speculation
@@ -64,7 +64,7 @@ def measure(target: str, drafter: str, quant: str, drafts: int, tokens: int, rou
     speculation.proposer = forced
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
 
-    def run(rate: float | None) -> tuple[float, float]:
+    def run(rate: float | None) -> dict[str, Any]:
         forced.rate = rate
         before = speculation.stats.snapshot()
         output = llm.generate({"prompt_token_ids": PROMPT}, params, use_tqdm=False)[0]
@@ -76,28 +76,29 @@ def measure(target: str, drafter: str, quant: str, drafts: int, tokens: int, rou
         now = speculation.stats.snapshot()
         steps = now["drafts"] - before["drafts"]
         length = 1 + (now["accepted_tokens"] - before["accepted_tokens"]) / steps if steps else 1.0
-        return (tokens - 1) / ((metrics.last_token_time or 0.0) - (metrics.first_token_time or 0.0)), length
+        took = (metrics.last_token_time or 0.0) - (metrics.first_token_time or 0.0)
+        return {"rate": rate, "tokens_per_s": (tokens - 1) / took, "tokens_a_step": length}
 
     run(None)
-    results = []
-    for rate in (None, *RATES):
-        speeds = [run(rate) for _ in range(rounds)]
-        results.append({"rate": rate, "tokens_per_s": statistics.median(s for s, _ in speeds), "tokens_a_step": speeds[-1][1]})
-    return results
+    for number in range(rounds):
+        for rate in (None, *RATES)[:: -1 if number % 2 else 1]:
+            yield [run(rate)]
 
 
 def table(results: dict[str, Any]) -> str:
-    plain = next(run["tokens_per_s"] for run in results["runs"] if run["rate"] is None)
+    def median(figure: str, rate: float | None) -> float:
+        return statistics.median(run[figure] for run in results["runs"] if run["rate"] == rate)
+
+    plain = median("tokens_per_s", None)
     lines = [
         f"The {results['target']} shape in {results['quant']}, random weights, drafts by the {results['drafter']} shape, "
-        f"{results['drafts']} a step, each right with the given probability; `{results['command']}`.",
+        f"{results['drafts']} a step, each right with the given probability; medians; `{results['command']}`.",
         "",
         "| a draft is right | tokens/s | tokens a step | against plain |",
         "|---|---|---|---|",
         f"| no drafts | {plain:.2f} | 1.0 | 1.00x |",
     ]
-    for run in results["runs"]:
-        if run["rate"] is not None:
-            speed = run["tokens_per_s"]
-            lines.append(f"| {run['rate']:.0%} | {speed:.2f} | {run['tokens_a_step']:.1f} | {speed / plain:.2f}x |")
+    for rate in sorted({run["rate"] for run in results["runs"] if run["rate"] is not None}):
+        speed = median("tokens_per_s", rate)
+        lines.append(f"| {rate:.0%} | {speed:.2f} | {median('tokens_a_step', rate):.1f} | {speed / plain:.2f}x |")
     return "\n".join(lines) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def test_forced_drafts_are_right_as_often_as_wanted_and_change_nothing(tiny_llam
 def test_the_page_is_made_of_stored_figures() -> None:
     machine = {"cpu": "a CPU", "cores": 2}
     drafts = {"drafts": 50, "draft_tokens": 150, "accepted_tokens": 60}
-    runs = [
+    runs: list[dict[str, Any]] = [
         {"text": kind, "batch": batch, "variant": name, "decode_tokens_per_s": n * speed, "output_tokens": 160, **more}
         for kind in speculation.TEXTS
         for batch in speculation.BATCHES
@@ -44,9 +45,31 @@ def test_the_page_is_made_of_stored_figures() -> None:
             ("ngram", 150.0, {"drafts": drafts, "accepted_at": [40, 20, 0], "plain_tokens_per_s": n * 100.0}),
         )
     ]
-    results = {"machine": machine, "model": "m", "rounds": 3, "command": "c", "runs": runs}
-    assert "| quoting | ngram | 300 | 1.50x | 1.6 | 80%, 40%, 0% |" in speculation.texts_table(results)
-    assert "| 32 | 200 | 300 | 1.50x |" in speculation.batches_table(results)
-    rates = [{"rate": None, "tokens_per_s": 7.0, "tokens_a_step": 1.0}, {"rate": 0.5, "tokens_per_s": 10.5, "tokens_a_step": 1.9}]
+    results = {"machine": machine, "model": "m", "command": "c", "runs": runs}
+    assert "| quoting | ngram | 300 | 1.50x (1.50 to 1.50) | 1.6 | 80%, 40%, 0% |" in speculation.texts_table(results)
+    results["runs"] = [run for run in runs if run["variant"] == "ngram"][1:]
+    assert "| 32 | 200 | 300 | 1.50x (1.50 to 1.50) | 3 |" in speculation.batches_table(results)
+    assert "medians of 2 to 3 interleaved answers" in speculation.batches_table(results)
+    rates = [
+        {"rate": rate, "tokens_per_s": n * 7.0, "tokens_a_step": 1.0 if rate is None else 1.9} for n in (1, 3, 2) for rate in (None, 0.5)
+    ]
     forced = {"target": "big", "drafter": "small", "quant": "int4", "drafts": 4, "command": "c", "runs": rates}
-    assert "| 50% | 10.50 | 1.9 | 1.50x |" in speculation_forced.table(forced)
+    assert "| 50% | 14.00 | 1.9 | 1.00x |" in speculation_forced.table(forced)
+
+
+def test_a_part_is_measured_in_pieces(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second piece adds to the file of the first, and each ends when its time is over."""
+    (tmp_path / "results").mkdir()
+    page = tmp_path / "page.md"
+    page.write_text("<!-- generated:begin -->\n<!-- generated:end -->\n")
+    monkeypatch.setattr(speculation, "ROOT", tmp_path)
+    monkeypatch.setattr(speculation, "PAGE", page)
+    counts = []
+    for pieces in ([], ["--append"], []):
+        arguments = ["forced", "--target", str(tiny_llama), "--drafter", str(tiny_llama), "--rounds", "3", "--seconds", "0", *pieces]
+        monkeypatch.setattr("sys.argv", ["compare.speculation", *arguments])
+        speculation.main()
+        (file,) = (tmp_path / "results").glob("*.json")
+        counts.append(len(json.loads(file.read_text())["runs"]))
+    assert counts == [1, 2, 1]
+    assert "random weights" in page.read_text()
