@@ -158,11 +158,11 @@ class EngineCore:
         known = time.perf_counter()
         times.wait = known - launched
         if self.speculation is not None:
-            self.speculation.ran(step.plan.scheduled, times.build + times.forward + times.sample + times.wait)
+            self.speculation.ran(step.plan, times.build + times.forward + times.sample + times.wait)
         done = self._remember(step, sampled)
         settled = self.forced.draft(step.plan.scheduled) if self.forced is not None and step.looks_back else ()  # as grammars do
         if self.speculation is not None:
-            self.speculation.draft(step.plan.scheduled, self.runner.states, settled)
+            self.speculation.draft(step.plan, self.runner.states, settled)
         times.update = time.perf_counter() - known
         done.times = times
         self.times.add(times)

@@ -18,6 +18,7 @@ from minfer.scheduler import Request, ScheduledRequest
 
 MAX_CANDIDATES = 16  # positions tried; in text that repeats a run more often than that, the newest ones are the ones to copy
 MAX_MATCH = 32  # a longer match is no better
+FORGET = 16  # requests that are over, whose index may still be held
 
 
 class NgramIndex:
@@ -71,7 +72,7 @@ class NgramIndex:
 
 
 class NgramProposer:
-    """An index for each running request; `min_match` tokens must agree before a continuation is copied."""
+    """An index for each request that was drafted for; `min_match` tokens must agree before a continuation is copied."""
 
     after: Sequence[int] = ()
 
@@ -83,8 +84,14 @@ class NgramProposer:
         """Text has no blocks."""
 
     def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[torch.Tensor], rows: Sequence[Sequence[int]]) -> None:
-        known = self._indices
-        self._indices = {item.request: known.get(item.request) or NgramIndex(item.request.token_ids, self.min_match) for item in scheduled}
+        if len(self._indices) > FORGET + 2 * len(scheduled):
+            self._indices = {item.request: self._indices[item.request] for item in scheduled if item.request in self._indices}
 
     def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int]]:
-        return [self._indices[request].continuation(count) for request, count in zip(requests, counts, strict=True)]
+        return [self._index(request).continuation(count) for request, count in zip(requests, counts, strict=True)]
+
+    def _index(self, request: Request) -> NgramIndex:
+        found = self._indices.get(request)
+        if found is None:
+            found = self._indices[request] = NgramIndex(request.token_ids, self.min_match)
+        return found

@@ -14,7 +14,7 @@ costs, and a step never has more than twice the drafts that were tried at its si
 
 Estimates err, so there is an `Account` beside them: it pays what a step with drafts took longer than those without them take, and what
 making them took, both as measured; right drafts pay into it, and each step adds a small share of its own time. What is drafted for
-knowledge only, where drafts don't seem to pay, is paid from that share too. So whatever the estimates say, speculation can't lose more
+knowledge only where drafts don't seem to pay, is paid from that share too. So whatever the estimates say, speculation can't lose more
 than the share and what the account held at first.
 
 Lines are drawn through what was seen, old observations forgotten. Prompt chunks are left out of them: their attention grows with
@@ -106,13 +106,13 @@ class CostModel:
         return longer
 
     def made(self, num_drafts: int, seconds: float) -> float:
-        """Making so many drafts took so long; returns what they cost. What led to none is part of the price of the next."""
+        """Making so many drafts took so long; returns what of it counts. What led to none is part of the price of the next."""
         if not num_drafts:
             self._in_vain += seconds
-            return 0.0
-        seconds = _held_up(seconds + self._in_vain, self.making.at(num_drafts) + self._in_vain)
+            return seconds
+        seconds = _held_up(seconds, self.making.at(num_drafts))
+        self.making.observe(num_drafts, seconds + self._in_vain)
         self._in_vain = 0.0
-        self.making.observe(num_drafts, seconds)
         return seconds
 
     def plain(self, num_sequences: int) -> float:
@@ -167,11 +167,11 @@ class Account:
     def __init__(self) -> None:
         self.seconds: float | None = None  # nothing to reckon with before a step was seen
 
-    def step(self, plain: float) -> None:
-        """A step went by that takes `plain` seconds without drafts."""
+    def step(self, plain: float, count: int = 1) -> None:
+        """So many steps went by, each of which takes `plain` seconds without drafts."""
         if plain > 0:
             held = HELD * plain
-            self.seconds = held if self.seconds is None else min(held, self.seconds + SHARE * plain)
+            self.seconds = held if self.seconds is None else min(held, self.seconds + SHARE * plain * count)
 
     def pay(self, seconds: float) -> None:
         if self.seconds is not None:
@@ -188,22 +188,23 @@ def draft_length(rate: float, share: float, limit: int) -> int:
     return min(limit, int(math.log(needed) / math.log(rate))) if rate < 1 else limit
 
 
-def draft_lengths(rates: Sequence[float], costs: CostModel, limit: int, spare: float) -> list[int]:
-    """How many drafts to make for each of some requests, which go through the model together.
+def draft_lengths(rates: Sequence[float], costs: CostModel, limit: int, spare: float) -> tuple[list[int], float]:
+    """How many drafts to make for each of some requests, which go through the model together; and what chance of being right a draft must
+    have to be worth its check.
 
     Where drafts don't pay, `spare` seconds may buy one each for those that are likeliest to be right, to learn whether they do now.
     """
     count = len(rates)
     worth = costs.plain(count) / count if count else 0.0
     if worth <= 0 or spare < 0:
-        return [0] * count
+        return [0] * count, 0.0
     each, fixed = costs.each(worth), costs.fixed
     lengths = [draft_length(rate, each / worth, limit) for rate in rates]
     if costs.most:
         lengths = _at_most(2 * costs.most, lengths)
     saved = sum(worth * sum(rate**depth for depth in range(1, length + 1)) for rate, length in zip(rates, lengths, strict=True))
     if saved > MARGIN * (each * sum(lengths) + fixed):
-        return lengths
+        return lengths, MARGIN * costs.check(worth) / worth
     left = spare - fixed
     lengths = [0] * count
     for index in sorted(range(count), key=lambda index: -rates[index])[: 2 * costs.most or count]:
@@ -211,7 +212,7 @@ def draft_lengths(rates: Sequence[float], costs: CostModel, limit: int, spare: f
         if left < 0:
             break
         lengths[index] = 1
-    return lengths
+    return lengths, 0.0
 
 
 def _at_most(most: int, lengths: list[int]) -> list[int]:

@@ -1,7 +1,8 @@
 """`Speculation`: what the engine's loop asks. Before a step's end: which drafts go into the next one. After it: how right they were.
 
-Who guesses is a `Proposer`; how many guesses pay is `policy.py`'s to say. A request is forgotten when it stops running: a
-preempted one is met as new when it comes back. What is thought of a new one is what the requests before it were like.
+Who guesses is a `Proposer`; how many guesses pay is `policy.py`'s to say. What is thought of a new request is what those before it were
+like. To look at a step costs, too: a step takes milliseconds, and what Python does beside it a percent or two of that. So where drafts
+don't pay and the account has no time for finding out whether they do by now, steps of nothing but newest tokens go by unseen until it has.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ from typing import Protocol
 
 import torch
 
-from minfer.scheduler import Request, RequestStatus, ScheduledRequest
-from minfer.speculative.policy import MARGIN, PLAIN_EVERY, REMEMBER_ALL, Acceptance, Account, CostModel, draft_lengths
+from minfer.scheduler import Request, RequestStatus, ScheduledRequest, SchedulerOutput
+from minfer.speculative.policy import PLAIN_EVERY, REMEMBER_ALL, SHARE, Acceptance, Account, CostModel, draft_lengths
 from minfer.speculative.tree import DraftTree
 from minfer.speculative.verify import way
+
+LOOK_BACK = 16  # steps that a proposer sees before it guesses, where it guesses from the target's states
+LONGEST_SLEEP = 512  # steps that nobody looks at, however much was lost
+FORGET_REQUESTS = 64  # requests that are over, whose acceptance may still be held
 
 
 class Proposer(Protocol):
@@ -33,7 +38,8 @@ class Proposer(Protocol):
         ...
 
     def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[torch.Tensor], rows: Sequence[Sequence[int]]) -> None:
-        """A step over these has run, and they have moved on; requests that aren't among them are over or preempted.
+        """A step over these has run, and they have moved on; requests that aren't among them are over or preempted. Not told are steps of
+        one token for each of those that the step before was about, while nobody is asked for drafts.
 
         `states` holds, for each of `after`, a row for each token of the step, [T, H], which the next step overwrites; `rows[i]` are the
         rows of what `scheduled[i]` has moved on by, in order: its tokens and the drafts that stand.
@@ -96,59 +102,86 @@ class Speculation:
         self._acceptance: dict[Request, Acceptance] = {}
         self._costs: dict[int, CostModel] = defaultdict(CostModel)  # by the number of bits in a batch's size
         self._drafted: set[Request] = set()  # who has drafts of the proposer's
+        self._least = 0.0  # chance of being right that a draft must have
         self._worth = 0.0  # seconds that a right draft of the last step saved
         self._plain_steps, self._since_plain = 0, 0
         self._warm = False
+        self._asleep, self._slept = 0, 0  # steps without drafts to come, and so far
+        self._look_back = LOOK_BACK if proposer.after else 0
+        self._following = 0.0  # seconds that a step takes longer where it is looked at
 
     def costs(self, num_sequences: int) -> CostModel:
         """What is known of steps of about this size."""
         return self._costs[num_sequences.bit_length()]
 
-    def ran(self, scheduled: Sequence[ScheduledRequest], seconds: float) -> None:
-        """A step over these took so long; whether its drafts were right is told afterwards."""
-        size, costs = len(scheduled), self.costs(len(scheduled))
-        drafts = sum(len(item.drafts) for item in scheduled)
-        own = sum(len(item.drafts) for item in scheduled if item.request in self._drafted) if drafts else 0
-        plain = costs.plain(size)
-        self._worth = plain / size
-        if all(item.decodes for item in scheduled) and own == drafts:
+    def ran(self, plan: SchedulerOutput, seconds: float) -> None:
+        """The step took so long; whether its drafts were right is told afterwards."""
+        if self._sleeps_through(plan):
+            return
+        size = len(plan.scheduled)
+        costs = self.costs(size)
+        self._worth = costs.plain(size) / size
+        if plan.one_each:
+            costs.ran(size, 0, seconds)
+            return
+        drafts = sum(len(item.drafts) for item in plan.scheduled)
+        own = sum(len(item.drafts) for item in plan.scheduled if item.request in self._drafted)
+        if own == drafts and all(item.decodes for item in plan.scheduled):
             self._pay(costs.ran(size, drafts, seconds))
         else:  # prompts or somebody else's drafts took part of it
             self._pay(own * costs.check(self._worth))
 
-    def draft(self, scheduled: Sequence[ScheduledRequest], states: Sequence[torch.Tensor] = (), settled: Collection[Request] = ()) -> None:
+    def draft(self, plan: SchedulerOutput, states: Sequence[torch.Tensor] = (), settled: Collection[Request] = ()) -> None:
         """Gives each request of the step that has one token left to compute its drafts for the next step.
 
         `states`: what the proposer asked to see of the step's tokens, [T, H] each. `settled` requests have their drafts already.
         """
+        if self._sleeps_through(plan):
+            self._asleep -= 1
+            self._slept += 1
+            return
         started = time.perf_counter()
         going_on: list[ScheduledRequest] = []
         rows: list[Sequence[int]] = []
         first = 0
-        for item in scheduled:
+        for item in plan.scheduled:
             if item.request.status is RequestStatus.RUNNING and item.request.pooling is None:
                 going_on.append(item)
                 rows.append(_standing(item, first))
             first += item.num_new_tokens
         self.proposer.follow(going_on, states, rows)
-        known = self._acceptance
-        self._acceptance = {item.request: known.get(item.request) or self._usual.heir() for item in going_on}
+        if len(self._acceptance) > FORGET_REQUESTS + 2 * len(going_on):
+            self._acceptance = {item.request: self._known(item.request) for item in going_on}
         ready = [item.request for item in going_on if item.request.num_left == 1 and item.request not in settled]
-        counts = self._counts(ready)
-        asked = [(request, count) for request, count in zip(ready, counts, strict=True) if count]
+        asked: list[tuple[Request, int]] = []
+        if self._asleep:  # only looking, so that what is guessed from is there
+            self._asleep -= 1
+            self._slept += 1
+        else:
+            asked = [(request, count) for request, count in zip(ready, self._counts(ready), strict=True) if count]
         following = time.perf_counter() - started
         price = self._propose(asked, self.costs(len(ready))) if asked else 0.0
         self._drafted = {request for request, _ in asked if request.draft_token_ids}
-        self._since_plain = self._since_plain + 1 if any(request.draft_token_ids for request in ready) else 0
+        self._since_plain = self._since_plain + 1 if self._drafted else 0
         # A prompt's share of the proposer's work belongs to the prompt, and is no loss to decoding.
-        if all(item.start >= item.request.num_prompt_tokens for item in scheduled):
+        if plan.one_each or all(item.start >= item.request.num_prompt_tokens for item in plan.scheduled):
+            self._following += 0.1 * (following - self._following)
             self._pay(following + price)
+
+    def _sleeps_through(self, plan: SchedulerOutput) -> bool:
+        """Whether nothing is looked at: until there is time again to find out whether drafts pay, and nobody came or went."""
+        return self._asleep > self._look_back and plan.one_each and not plan.preempted
+
+    def _known(self, request: Request) -> Acceptance:
+        found = self._acceptance.get(request)
+        if found is None:
+            found = self._acceptance[request] = self._usual.heir()
+        return found
 
     def _propose(self, asked: Sequence[tuple[Request, int]], costs: CostModel) -> float:
         """The requests' drafts; returns what they cost."""
         started = time.perf_counter()
-        least = MARGIN * costs.check(self._worth) / self._worth if self.adaptive and self._worth else 0.0
-        proposed = self.proposer.propose([request for request, _ in asked], [count for _, count in asked], least)
+        proposed = self.proposer.propose([request for request, _ in asked], [count for _, count in asked], self._least)
         for (request, _), drafts in zip(asked, proposed, strict=True):
             if isinstance(drafts, DraftTree):
                 request.draft_token_ids, request.draft_parents = drafts.tokens, drafts.parents
@@ -169,9 +202,8 @@ class Speculation:
         for index in range(accepted):
             self.stats.accepted_at[index] += 1
         depth = max(len(way(number, item.parents)) for number in range(1, drafted + 1)) if item.parents else drafted
+        self._known(item.request).verified(depth, accepted)
         self._usual.verified(depth, accepted)
-        if item.request in self._acceptance:
-            self._acceptance[item.request].verified(depth, accepted)
         self._pay(-accepted * self._worth)
 
     def _pay(self, seconds: float) -> None:
@@ -186,14 +218,19 @@ class Speculation:
             return []
         costs = self.costs(len(ready))
         plain = costs.plain(len(ready))
-        self.account.step(plain)
+        self.account.step(plain, 1 + self._slept)
+        self._slept = 0
         self._worth = plain / len(ready)
         # One plain step at first, then one after a few with drafts, then fewer: what drafts cost shows beside them only.
         if self._since_plain >= min(PLAIN_EVERY, 4 * self._plain_steps):
             self._plain_steps += 1
             return [0] * len(ready)
-        rates = [self._acceptance[request].rate for request in ready]
-        return draft_lengths(rates, costs, self.num_draft_tokens, self.account.seconds or 0.0)
+        held = self.account.seconds or 0.0
+        lengths, self._least = draft_lengths([self._known(request).rate for request in ready], costs, self.num_draft_tokens, held)
+        if plain > 0 and not any(lengths):
+            missing = costs.fixed + costs.each(self._worth) + self._look_back * self._following - held
+            self._asleep = self._look_back + min(LONGEST_SLEEP, int(missing / (SHARE * plain)) + 1) if missing > 0 else 0
+        return lengths
 
 
 def _standing(item: ScheduledRequest, first: int) -> Sequence[int]:

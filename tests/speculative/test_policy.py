@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from minfer.sampling_params import SamplingParams
-from minfer.scheduler import Request, RequestStatus, ScheduledRequest
+from minfer.scheduler import Request, RequestStatus, ScheduledRequest, SchedulerOutput
 from minfer.speculative import Speculation
 from minfer.speculative.policy import DEAREST, HELD, MARGIN, PRIOR, SHARE, Acceptance, Account, CostModel, draft_length, draft_lengths
+from minfer.speculative.speculation import LOOK_BACK
 
 
 def model_of(
@@ -100,26 +101,26 @@ def test_a_draft_is_made_while_its_chance_is_above_its_cost(rate: float, share: 
 def test_what_it_costs_to_draft_at_all_must_be_saved_too() -> None:
     """Plain steps of 10 ms, 1 ms for each draft: at 0.5 three are worth 8.75 ms for 3 ms, unless drafting at all costs 6."""
     cheap, dear = (model_of((10e-3, 0.0), (0.0, 1e-3), making=(fixed, 0.0)) for fixed in (0.0, 6e-3))
-    assert draft_lengths([0.5], cheap, 8, 0.0) == [draft_length(0.5, 0.1, 8)] == [3]
+    assert draft_lengths([0.5], cheap, 8, 0.0) == ([draft_length(0.5, 0.1, 8)], pytest.approx(MARGIN * 0.1))
     assert MARGIN * (3 + 6) > 8.75
-    assert draft_lengths([0.5], dear, 8, 0.0) == [0]
-    assert draft_lengths([0.5], dear, 8, 7.1e-3) == [1]  # there is time to find out
-    assert draft_lengths([0.5], cheap, 8, -1e-9) == [0]  # the account is overdrawn
+    assert draft_lengths([0.5], dear, 8, 0.0)[0] == [0]
+    assert draft_lengths([0.5], dear, 8, 7.1e-3)[0] == [1]  # there is time to find out
+    assert draft_lengths([0.5], cheap, 8, -1e-9)[0] == [0]  # the account is overdrawn
     three = model_of((0.0, 10e-3), (0.0, 1e-2), sizes=(3,))
-    assert draft_lengths([0.05, 0.09, 0.02], three, 8, 2.1e-2) == [1, 1, 0]  # the likeliest first
-    assert draft_lengths([], cheap, 8, 1.0) == []
+    assert draft_lengths([0.05, 0.09, 0.02], three, 8, 2.1e-2)[0] == [1, 1, 0]  # the likeliest first
+    assert draft_lengths([], cheap, 8, 1.0) == ([], 0.0)
 
 
 def test_what_is_new_is_tried_in_small_steps() -> None:
     costs = model_of((8e-3, 1e-3), None, sizes=(8,))
-    assert draft_lengths([0.9] * 8, costs, 8, 0.0) == [0] * 8
-    assert draft_lengths([0.9] * 8, costs, 8, 7e-3) == [1, 1, 1, 0, 0, 0, 0, 0]  # each may cost what a token costs: 2 ms
+    assert draft_lengths([0.9] * 8, costs, 8, 0.0)[0] == [0] * 8
+    assert draft_lengths([0.9] * 8, costs, 8, 7e-3)[0] == [1, 1, 1, 0, 0, 0, 0, 0]  # each may cost what a token costs: 2 ms
     costs.ran(8, 3, 16e-3 + 3e-6)  # it costs nothing, nearly
-    assert sum(draft_lengths([0.9] * 8, costs, 8, 0.0)) == 6
+    assert sum(draft_lengths([0.9] * 8, costs, 8, 0.0)[0]) == 6
     costs.ran(8, 6, 16e-3 + 6e-6)
-    assert draft_lengths([0.9] * 8, costs, 8, 0.0) == [1] * 8
+    assert draft_lengths([0.9] * 8, costs, 8, 0.0)[0] == [1] * 8
     costs.ran(8, 8, 16e-3 + 8e-6)
-    assert draft_lengths([0.9] * 8, costs, 8, 0.0) == [2] * 8
+    assert draft_lengths([0.9] * 8, costs, 8, 0.0)[0] == [2] * 8
 
 
 def test_acceptance_follows_what_happens_and_is_handed_on() -> None:
@@ -167,6 +168,8 @@ class Machine:
     def __init__(self, step: tuple[float, float], making: tuple[float, float], seed: int) -> None:
         self.now, self.step, self.making = 0.0, step, making
         self.random = random.Random(seed)
+        self.seen: list[str] = []  # what it was asked or told
+        self.looking = 0.0  # seconds that it takes to look at a step
 
     def perf_counter(self) -> float:
         return self.now
@@ -178,10 +181,13 @@ class Machine:
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None: ...
 
-    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[torch.Tensor], rows: Sequence[Sequence[int]]) -> None: ...
+    def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[torch.Tensor], rows: Sequence[Sequence[int]]) -> None:
+        self.seen.append("step")
+        self.now += self.looking
 
     def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int]]:
         if requests:
+            self.seen.append("drafts")
             self.spend(self.making, sum(counts))
         return [[0] * count for count in counts]
 
@@ -199,7 +205,8 @@ class Machine:
         while any(len(request.output_token_ids) <= tokens for request in requests):
             items = [ScheduledRequest(r, r.num_computed_tokens, 1 + len(r.draft_token_ids), True, r.draft_token_ids) for r in requests]
             total = sum(item.num_new_tokens for item in items)
-            speculation.ran(items, self.spend(self.step, total))
+            plan = SchedulerOutput(items, one_each=total == len(items))
+            speculation.ran(plan, self.spend(self.step, total))
             for item in items:
                 right = next((n for n in range(len(item.drafts)) if self.random.random() >= chance), len(item.drafts))
                 item.kept = range(1, right + 1)
@@ -209,14 +216,14 @@ class Machine:
                     item.request.append(0)
                 item.request.num_computed_tokens += right + 1
                 item.request.draft_token_ids = []
-            speculation.draft(items)
+            speculation.draft(plan)
         return (self.now - begun) / (sum(len(request.output_token_ids) for request in requests) - sequences) * sequences * tokens
 
 
 @pytest.mark.parametrize("sequences", [1, 4, 32])
 @pytest.mark.parametrize("making", [(0.0, 0.0), (1e-3, 5e-4), (6e-3, 1e-3)])
 @pytest.mark.parametrize("step", [(9e-3, 2e-4), (6e-3, 3e-3)])
-def test_no_text_is_slowed_down_by_more_than_2_percent(
+def test_no_text_is_slowed_down_by_more_than_3_percent(
     monkeypatch: pytest.MonkeyPatch, step: tuple[float, float], making: tuple[float, float], sequences: int
 ) -> None:
     """Whatever was said before, and however the next text takes to drafts."""
@@ -227,6 +234,23 @@ def test_no_text_is_slowed_down_by_more_than_2_percent(
     machine.run(speculation, sequences, 0.5, 100)
     for chance in (0.0, 0.3, 0.1, 0.6, 0.0, 0.95, 0.05):
         seconds = machine.run(speculation, sequences, chance, 400)
-        assert seconds < 1.02 * plain, chance
+        assert seconds < 1.03 * plain, chance
         if chance == 0.95 and sequences == 1 and making[0] < 5e-3 and step[0] > 8e-3:
             assert seconds < 0.5 * plain
+
+
+def test_where_drafts_do_not_pay_most_steps_go_by_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look at a step costs 3% of it here, so looking at all of them would cost more than all drafts may."""
+    machine = Machine((3e-3, 2e-4), (1e-3, 5e-4), seed=1)
+    machine.after, machine.looking = (2,), 1e-4
+    monkeypatch.setattr("minfer.speculative.speculation.time", SimpleNamespace(perf_counter=machine.perf_counter))
+    speculation = Speculation(machine, 8)
+    machine.run(speculation, 1, 0.0, 200)
+    machine.seen.clear()
+    assert machine.run(speculation, 1, 0.0, 2000) < 1.02 * 2000 * 3.2e-3
+    assert machine.seen.count("step") < 600
+    probes = [index for index, what in enumerate(machine.seen) if what == "drafts"]
+    assert 5 < len(probes) < 40
+    for probe in probes[1:]:  # the step before a guess, which the guess belongs to, and those before that
+        assert machine.seen[probe - LOOK_BACK : probe] == ["step"] * LOOK_BACK
+    assert machine.run(speculation, 1, 0.95, 2000) < 0.85 * 2000 * 3.2e-3, "a change for the better is found out"
