@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from compare import machine, speculation_forced, speculation_peers
+from compare import machine, speculation_batches, speculation_forced, speculation_peers
 from compare.ablation import ROOT, fill
 from compare.measure import Spread
 from minfer import LLM, SamplingParams
@@ -111,9 +111,7 @@ def _measure(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     if options.what == "texts":
         yield from measure(options, [(kind, 1) for kind in TEXTS], variants(options.head, skip=True))
     elif options.what == "batches":
-        chosen = variants(options.head)
-        del chosen["plain"]  # each engine is its own
-        yield from measure(options, [("open chat", int(size)) for size in options.sizes.split(",")], chosen)
+        yield from measure_batches(options, [int(size) for size in options.sizes.split(",")])
     elif options.what == "peers":
         tokenizer = LLM(options.model, max_model_len=256, kv_cache_memory=2**24).get_tokenizer()
         prompts = {kind: tokenizer.apply_chat_template([{"role": "user", "content": text}]) for kind, text in TEXTS.items()}
@@ -155,6 +153,25 @@ def measure(options: argparse.Namespace, cases: list[tuple[str, int]], chosen: d
                 yield runs
 
 
+def measure_batches(options: argparse.Namespace, sizes: list[int]) -> Iterator[list[dict[str, Any]]]:
+    """Answers of both engines with drafts on and off in turns; the first round warms up."""
+    chosen = {name: settings for name, settings in variants(options.head).items() if settings}
+    limits: dict[str, Any] = {"max_model_len": 2048, "max_num_seqs": 32, "kv_cache_memory": 2**30}
+    engines = {name: LLM(options.model, **limits, **settings) for name, settings in chosen.items()}
+    for number in range(options.rounds + 1):
+        for batch in sizes:
+            print(f"round {number} of {options.rounds}: batch {batch}", file=sys.stderr)
+            chats = [_chat("open chat", copy if batch > 1 else None) for copy in range(batch)]
+            said = []
+            for name, llm in list(engines.items())[:: 1 if number % 2 else -1]:
+                tokens, pairs = speculation_batches.answer(llm, chats, drafts_first=number % 2 == 0)
+                said.append(tokens)
+                if number:
+                    yield [{"batch": batch, "variant": name, "pairs": pairs}]
+            if any(tokens != said[0] for tokens in said):
+                raise SystemExit(f"batch {batch}: speculation changed the output")
+
+
 def both(llm: LLM, kind: str, batch: int, *, drafts_first: bool) -> dict[str, Any]:
     """The engine's answer with its drafts, and how fast it is without them. With them first where prompts are new: a head's own KV of a
     prompt must not be missing from the prefix cache.
@@ -176,7 +193,7 @@ def both(llm: LLM, kind: str, batch: int, *, drafts_first: bool) -> dict[str, An
 
 def answer(llm: LLM, kind: str, batch: int) -> dict[str, Any]:
     """Greedy answers to `batch` copies of the text, told apart by a number so that they are not one request in the cache."""
-    chats = [[{"role": "user", "content": f"{TEXTS[kind]}" + (f" ({copy})" if batch > 1 else "")}] for copy in range(batch)]
+    chats = [_chat(kind, copy if batch > 1 else None) for copy in range(batch)]
     speculation = llm.engine.core.speculation
     before = speculation.stats.snapshot() if speculation is not None else None
     depths = list(speculation.stats.accepted_at) if speculation is not None else []
@@ -198,6 +215,10 @@ def answer(llm: LLM, kind: str, batch: int) -> dict[str, Any]:
 def newest(part: str) -> Path | None:
     """Its last file."""
     return max((ROOT / "results").glob(f"speculation-{part}-*.json"), key=lambda file: file.name, default=None)
+
+
+def _chat(kind: str, copy: int | None) -> list[dict[str, str]]:
+    return [{"role": "user", "content": TEXTS[kind] + ("" if copy is None else f" ({copy})")}]
 
 
 def tables() -> str:
@@ -241,21 +262,10 @@ def _acceptance(runs: list[dict[str, Any]]) -> str:
 
 
 def batches_table(results: dict[str, Any]) -> str:
-    names = list(dict.fromkeys(run["variant"] for run in results["runs"]))
-    lines = [
-        _heading(results),
-        "",
-        "| open chat, batch | plain, tokens/s | " + " | ".join(f"{name} | against plain | pairs" for name in names) + " |",
-        "|---" * (3 * len(names) + 2) + "|",
-    ]
-    for batch in sorted({run["batch"] for run in results["runs"]}):
-        own = [run for name in names for run in _chosen(results, "open chat", batch, name)]
-        cells = [f"{statistics.median(run['plain_tokens_per_s'] for run in own):,.0f}"]
-        for name in names:
-            ratio = against_plain(results, "open chat", batch, name)
-            cells += [f"{speed(results, 'open chat', batch, name):,.0f}", _interval(ratio), str(ratio.n)]
-        lines.append(f"| {batch} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    cpu, cores = results["machine"].get("cpu", "this CPU"), results["machine"].get("cores", "?")
+    turns = f"drafts on and off in turns of {speculation_batches.BLOCK} steps"
+    heading = f"{results['model']} on {cpu}, {cores} cores; {turns}; `{results['command']}`."
+    return speculation_batches.table(results, heading)
 
 
 def _interval(ratio: Spread) -> str:

@@ -87,7 +87,7 @@ def measure(target: str, drafter: str, quant: str, drafts: int, tokens: int, rou
 
 def table(results: dict[str, Any]) -> str:
     def median(figure: str, rate: float | None) -> float:
-        return statistics.median(run[figure] for run in results["runs"] if run["rate"] == rate)
+        return float(statistics.median(run[figure] for run in results["runs"] if run["rate"] == rate))
 
     plain = median("tokens_per_s", None)
     lines = [

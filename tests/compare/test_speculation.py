@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from compare import speculation, speculation_forced
+from compare import speculation, speculation_batches, speculation_forced
 from compare.speculation_forced import Forced
 from minfer import LLM, SamplingParams
 
@@ -47,9 +47,11 @@ def test_the_page_is_made_of_stored_figures() -> None:
     ]
     results = {"machine": machine, "model": "m", "command": "c", "runs": runs}
     assert "| quoting | ngram | 300 | 1.50x (1.50 to 1.50) | 1.6 | 80%, 40%, 0% |" in speculation.texts_table(results)
-    results["runs"] = [run for run in runs if run["variant"] == "ngram"][1:]
-    assert "| 32 | 200 | 300 | 1.50x (1.50 to 1.50) | 3 |" in speculation.batches_table(results)
-    assert "medians of 2 to 3 interleaved answers" in speculation.batches_table(results)
+    results["runs"] = runs[1:]
+    assert "medians of 2 to 3 interleaved answers" in speculation.texts_table(results)
+    pairs = [{"seconds": 1.0, "tokens": 110 * n, "plain_seconds": 2.0, "plain_tokens": 200 * n} for n in (1, 2)]
+    results["runs"] = [{"batch": batch, "variant": "ngram", "pairs": pairs} for batch in (32, 1)]
+    assert "| 32 | 150 | 165 | 1.100x (1.100 to 1.100, 2 pairs) |" in speculation.batches_table(results)
     rates = [
         {"rate": rate, "tokens_per_s": n * 7.0, "tokens_a_step": 1.0 if rate is None else 1.9} for n in (1, 3, 2) for rate in (None, 0.5)
     ]
@@ -73,3 +75,21 @@ def test_a_part_is_measured_in_pieces(tiny_llama: Path, tmp_path: Path, monkeypa
         counts.append(len(json.loads(file.read_text())["runs"]))
     assert counts == [1, 2, 1]
     assert "random weights" in page.read_text()
+
+
+def test_drafts_are_switched_off_and_on_within_an_answer(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block has its steps, only blocks with drafts may say more than a token a step, and what is said stays what it is."""
+    options: dict[str, Any] = {"dtype": "float32", "threads": 1, "kv_cache_memory": 2**24, "max_num_seqs": 4}
+    llm = LLM(str(tiny_llama), **options, speculative="draft", draft_model=str(tiny_llama), num_draft_tokens=2, adaptive_drafts=False)
+    prompts = [{"prompt_token_ids": [5, 6, n]} for n in (7, 8)]
+    monkeypatch.setattr(speculation_batches, "PARAMS", SamplingParams(temperature=0, max_tokens=160, ignore_eos=True))
+    llm.chat = lambda chats, params, use_tqdm: llm.generate(chats, params, use_tqdm=use_tqdm)  # type: ignore[method-assign, assignment, misc]
+    plain = LLM(str(tiny_llama), **options).generate(prompts, speculation_batches.PARAMS, use_tqdm=False)
+    for first in (True, False):
+        tokens, pairs = speculation_batches.answer(llm, prompts, drafts_first=first)
+        assert tokens == [list(output.outputs[0].token_ids) for output in plain]
+        assert len(pairs) >= 4
+        for pair in pairs:
+            assert pair["plain_tokens"] == 2 * speculation_batches.BLOCK
+            assert pair["tokens"] > 1.5 * pair["plain_tokens"]
+    assert llm.engine.core.speculation is not None
