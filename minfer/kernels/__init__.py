@@ -9,10 +9,10 @@ import torch
 
 from minfer.config import Activations
 from minfer.errors import ConfigError
-from minfer.kernels.ops import Backend, Experts, Ops, Weight
+from minfer.kernels.ops import Backend, Experts, Ops, Rows, Weight
 from minfer.kernels.reference import ReferenceBackend
 
-__all__ = ["Backend", "Experts", "Ops", "Weight", "select_ops"]
+__all__ = ["Backend", "Experts", "Ops", "Rows", "Weight", "select_ops"]
 
 logger = logging.getLogger("minfer.kernels")
 BACKENDS = ("auto", "triton", "cpu", "reference")

@@ -23,6 +23,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,6 +80,37 @@ class Experts(ABC):
         shared: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
         """What `Ops.moe` documents."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundedRows:
+    """Rows [T, K] as 8-bit codes [T, K] and float32 scales [T, groups], in the form of the one matrix that they were made for."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+
+Rows = torch.Tensor | RoundedRows
+
+
+class RoundingWeight(Weight):
+    """A matrix that rounds its rows to 8 bits, and lets the op before it do so: one launch and one trip of the rows to memory less."""
+
+    @abstractmethod
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None) -> tuple[Rows, torch.Tensor]:
+        """`Ops.rms_norm`, its first result rounded, or not, as the kernels like it better."""
+
+    @abstractmethod
+    def act_mul(self, x: torch.Tensor, kind: str) -> Rows:
+        """`Ops.act_mul`, its result rounded, or not."""
+
+    @abstractmethod
+    def linear_rounded(self, x: RoundedRows, bias: torch.Tensor | None) -> torch.Tensor:
+        """`linear` of rows that one of the above has rounded."""
 
 
 class Backend(ABC):
@@ -202,8 +234,11 @@ class Ops:
             self.chosen[op] = how
             logger.info("kernels: %s=%s", op, how)
 
-    def linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def linear(self, x: Rows, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x[T, K] -> x @ weight.T + bias, [T, N]."""
+        if isinstance(x, RoundedRows):
+            assert isinstance(weight, RoundingWeight), "rows are rounded for the matrix that multiplies them"
+            return weight.linear_rounded(x, bias)
         return weight.linear(x, bias)
 
     def embedding(self, ids: torch.Tensor, weight: Weight) -> torch.Tensor:
@@ -211,9 +246,14 @@ class Ops:
         return weight.embedding(ids)
 
     def rms_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """h = x + residual; returns (h / rms(h) * weight, h), both [T, H]. The mean of squares is over H, in float32."""
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None, reader: Weight | None = None
+    ) -> tuple[Rows, torch.Tensor]:
+        """h = x + residual; returns (h / rms(h) * weight, h), both [T, H]. The mean of squares is over H, in float32.
+
+        reader: the one matrix that will multiply the first, where nobody else reads it. A `RoundingWeight` gets it as `RoundedRows`.
+        """
+        if isinstance(reader, RoundingWeight):
+            return reader.rms_norm(x, weight, eps, residual)
         return self._rms_norm(x, weight, eps, residual)  # type: ignore[attr-defined, no-any-return]
 
     def qk_norm(self, q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float) -> None:
@@ -246,8 +286,10 @@ class Ops:
         """
         return self._attention(q, cache, batch, scale, window, softcap, sinks)  # type: ignore[attr-defined, no-any-return]
 
-    def act_mul(self, x: torch.Tensor, kind: str) -> torch.Tensor:
-        """x[T, 2I] = gate | up -> act(gate) * up, [T, I]. kind: silu."""
+    def act_mul(self, x: torch.Tensor, kind: str, reader: Weight | None = None) -> Rows:
+        """x[T, 2I] = gate | up -> act(gate) * up, [T, I]. kind: silu. reader: as of `rms_norm`."""
+        if isinstance(reader, RoundingWeight):
+            return reader.act_mul(x, kind)
         return self._act_mul(x, kind)  # type: ignore[attr-defined, no-any-return]
 
     def lora(self, y: torch.Tensor, x: torch.Tensor, weights: LoraWeights, rows: LoraRows) -> None:

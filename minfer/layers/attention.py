@@ -10,7 +10,7 @@ from torch import nn
 
 from minfer.batch import Batch
 from minfer.config import ModelConfig
-from minfer.kernels import Ops
+from minfer.kernels import Ops, Rows, Weight
 from minfer.kvcache import LayerCache
 from minfer.layers.linear import Linear
 from minfer.layers.norm import RMSNorm
@@ -35,7 +35,11 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(ops, inputs or config.hidden_size, q + 2 * kv, bias=config.qkv_bias, parts=parts, device=device)
         self.o_proj = Linear(ops, q, config.hidden_size, bias=config.attention_output_bias, device=device)
 
-    def forward(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> torch.Tensor:
+    @property
+    def reader(self) -> Weight | None:
+        return self.qkv_proj.reader
+
+    def forward(self, x: Rows, batch: Batch, cache: LayerCache) -> torch.Tensor:
         tokens = x.shape[0]
         qkv = self.qkv_proj(x, batch.lora).view(tokens, self.heads + 2 * self.kv_heads, self.dim)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)  # [T, Hq | Hk | Hk, D], views

@@ -14,7 +14,7 @@ from torch import nn
 
 from minfer.batch import LoraRows
 from minfer.errors import ModelLoadError
-from minfer.kernels import Ops, Weight
+from minfer.kernels import Ops, Rows, Weight
 from minfer.kernels.lora import LoraWeights
 from minfer.layers.loading import Take, Tensorlike, take_vector
 from minfer.quant import PackedWeight
@@ -40,9 +40,15 @@ class Linear(nn.Module):
         self._arrived: dict[str, Tensorlike] = {}
         self._dense: torch.Tensor | None = None
 
-    def forward(self, x: torch.Tensor, rows: LoraRows | None = None) -> torch.Tensor:
+    @property
+    def reader(self) -> Weight | None:
+        """The matrix, where nothing else looks at the layer's input: what the op before it is told. Adapters would."""
+        return self.weight if self.lora is None else None
+
+    def forward(self, x: Rows, rows: LoraRows | None = None) -> torch.Tensor:
         y = self.ops.linear(x, self.weight, self.bias)
         if rows is not None and self.lora is not None:
+            assert isinstance(x, torch.Tensor), "a layer with adapters is no reader"
             self.ops.lora(y, x, self.lora, rows)
         return y
 

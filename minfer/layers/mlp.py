@@ -7,7 +7,7 @@ from torch import nn
 
 from minfer.batch import LoraRows
 from minfer.config import ModelConfig
-from minfer.kernels import Ops
+from minfer.kernels import Ops, Rows, Weight
 from minfer.layers.linear import Linear
 
 
@@ -22,5 +22,10 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = Linear(ops, hidden, 2 * inner, bias=bias, parts={"gate_proj": inner, "up_proj": inner}, device=device)
         self.down_proj = Linear(ops, inner, hidden, bias=bias, device=device)
 
-    def forward(self, x: torch.Tensor, rows: LoraRows | None) -> torch.Tensor:
-        return self.down_proj(self.ops.act_mul(self.gate_up_proj(x, rows), self.kind), rows)  # type: ignore[no-any-return]
+    @property
+    def reader(self) -> Weight | None:
+        return self.gate_up_proj.reader
+
+    def forward(self, x: Rows, rows: LoraRows | None) -> torch.Tensor:
+        inner = self.ops.act_mul(self.gate_up_proj(x, rows), self.kind, self.down_proj.reader)
+        return self.down_proj(inner, rows)  # type: ignore[no-any-return]

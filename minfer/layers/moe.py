@@ -35,6 +35,8 @@ class MoE(nn.Module):
         self.shared_expert = GatedMLP(ops, config, device=device, inner=shared) if shared else None
         self.shared_expert_gate = Linear(ops, hidden, 1, device=device) if shared else None
 
+    reader = None  # its router reads what its experts do
+
     def forward(self, x: torch.Tensor, rows: LoraRows | None) -> torch.Tensor:
         """[T, H] -> [T, H]. Adapters may change the shared expert."""
         shared = None

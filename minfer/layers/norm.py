@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from minfer.kernels import Ops
+from minfer.kernels import Ops, Rows, Weight
 from minfer.layers.loading import Take, Tensorlike, take_vector
 
 
@@ -19,9 +19,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.device = device
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """x[T, H], residual[T, H] -> (norm(x + residual), x + residual)."""
-        return self.ops.rms_norm(x, self.weight, self.eps, residual)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None, reader: Weight | None = None) -> tuple[Rows, torch.Tensor]:
+        """x[T, H], residual[T, H] -> (norm(x + residual), x + residual). reader: as of `Ops.rms_norm`."""
+        return self.ops.rms_norm(x, self.weight, self.eps, residual, reader)
 
     def slots(self, parent: str, name: str) -> dict[str, Take]:
         return {f"{parent}{name}.weight": self._take}

@@ -100,7 +100,8 @@ class DecoderLayer(nn.Module):
         self, x: torch.Tensor, residual: torch.Tensor | None, batch: Batch, cache: LayerCache
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x[T, H] and the residual stream it has yet to be added to; returns the same pair one layer on, and the sum as it came in."""
-        x, stream = self.input_layernorm(x, residual)
+        mlp = getattr(self, self._mlp)
+        x, stream = self.input_layernorm(x, residual, self.self_attn.reader)
         x = self.self_attn(x, batch, cache)
-        x, residual = self.post_attention_layernorm(x, stream)
-        return getattr(self, self._mlp)(x, batch.lora), residual, stream
+        x, residual = self.post_attention_layernorm(x, stream, mlp.reader)
+        return mlp(x, batch.lora), residual, stream

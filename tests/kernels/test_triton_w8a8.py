@@ -7,14 +7,23 @@ from typing import Literal
 
 import pytest
 import torch
-from kernels.devices import DEVICE, DTYPES, close, randn
+from kernels.batches import make_batch
+from kernels.devices import DEVICE, DTYPES, close, moved, randn
 
-from minfer.config import Activations
+from minfer.config import Activations, ModelConfig
+from minfer.kernels import Ops
+from minfer.kernels.ops import RoundedRows
 from minfer.kernels.triton import TritonBackend
+from minfer.kernels.triton.act_mul import act_mul
 from minfer.kernels.triton.linear_codes import TritonCodesWeight
 from minfer.kernels.triton.linear_w8a8 import TritonRoundedWeight
+from minfer.kernels.triton.rms_norm import rms_norm
 from minfer.kernels.triton.targets import Target
 from minfer.kernels.triton.tuning import Tuning
+from minfer.kvcache import KVCache
+from minfer.layers.linear import Linear
+from minfer.layers.loading import load_weights
+from minfer.models import create_model
 from minfer.quant import PackedWeight, QuantScheme
 
 SETTINGS: tuple[Activations, ...] = ("auto", "int8", "none")
@@ -74,6 +83,56 @@ def test_rows_of_zeros_of_one_and_of_huge_values(element: Literal["int8", "fp8_e
     assert not codes[0].float().any() and not weight.linear(x[:1], None).any()
     assert not scales[1, 0] and float(codes[1, 130].float() * scales[1, 1]) == -3.0
     assert weight.linear(x, None).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("element", ELEMENTS)
+@pytest.mark.parametrize(("rows", "k", "group"), [(3, 48, 48), (2, 384, 128), (0, 128, 128), (1, 128, 128)])
+def test_the_op_before_rounds_as_it_would(rows: int, k: int, group: int, element: Literal["int8", "fp8_e4m3"], dtype: torch.dtype) -> None:
+    weight, bias = prepare(packed(24, k, element, group), dtype), randn(24, dtype=dtype, seed=2)
+    x, residual, norm = (randn(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(((rows, k), (rows, k), (k,))))
+    x[:1, : min(group, 40)] = residual[:1, : min(group, 40)] = 0.0
+    normed, total = rms_norm(x, norm, 1e-5, residual)
+    rounded, stream = weight.rms_norm(x, norm, 1e-5, residual)
+    assert torch.equal(stream, total)
+    gated = torch.cat((x, residual), dim=1)
+    for plain, fused in ((normed, rounded), (act_mul(gated, "silu"), weight.act_mul(gated, "silu"))):
+        assert isinstance(fused, RoundedRows) and fused.shape == plain.shape
+        codes, scales = weight.quantize_rows(plain)
+        assert torch.equal(fused.codes.view(torch.uint8), codes.view(torch.uint8)) and torch.equal(fused.scales, scales)
+        assert torch.equal(weight.linear_rounded(fused, bias), weight.linear(plain, bias))
+
+
+@torch.inference_mode()
+def test_a_model_rounds_where_rows_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a layer's four products only the one after attention meets rows that have yet to be rounded; nothing else changes."""
+    config = ModelConfig(
+        architecture="LlamaForCausalLM", vocab_size=96, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2,
+        head_dim=16, max_position_embeddings=128,
+    )  # fmt: skip
+    model = create_model(config, Ops([TritonBackend(DEVICE, torch.float32)], torch.float32), 128, DEVICE)
+    generator = torch.Generator().manual_seed(1)
+    load_weights(
+        model,
+        (
+            (name, packed(*shape, "int8", shape[1]) if "proj" in name else torch.randn(shape, generator=generator) * 0.2)
+            for name, shape in config.tensor_shapes()
+        ),
+    )
+    batch, rounded = moved(make_batch([(3, 3), (1, 5)], 16, 8)), []
+    quantize = TritonRoundedWeight.quantize_rows
+    monkeypatch.setattr(TritonRoundedWeight, "quantize_rows", lambda self, x: rounded.append(x.shape) or quantize(self, x))
+    outputs = []
+    for products in (1, 4):
+        cache = KVCache(config, 8, 16, torch.float32, DEVICE)
+        for layer in cache.layers:
+            layer.k.fill_(0.5)
+            layer.v.fill_(-0.5)
+        outputs.append(model(batch, cache))
+        assert len(rounded) == products * config.num_layers
+        rounded.clear()
+        monkeypatch.setattr(Linear, "reader", None)
+    assert torch.equal(*outputs)
 
 
 def test_a_row_does_not_see_its_neighbours() -> None:

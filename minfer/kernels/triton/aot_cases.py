@@ -118,12 +118,22 @@ def _products() -> dict[str, Case]:
     return cases
 
 
+def _rounded_norm(backend: TritonBackend) -> None:
+    backend.prepare(_packed("int8", 4096, "int8"), DTYPE).rms_norm(meta(64, 4096), meta(4096), 1e-5, meta(64, 4096))  # type: ignore[union-attr]
+
+
+def _rounded_activation(backend: TritonBackend) -> None:
+    backend.prepare(_packed("int8", 128, "int8"), DTYPE).act_mul(meta(64, 2 * 14336), "silu")  # type: ignore[union-attr]
+
+
 CASES: dict[str, Case] = {
     "rms_norm": lambda backend: backend.rms_norm(meta(64, 4096), meta(4096), 1e-5, meta(64, 4096)),
     "rotary": _rotary,
     "write_kv": _write_kv(DTYPE),
     **{f"write_kv, {name}": _write_kv(dtype) for name, dtype in QUANTISED_KV.items()},
     "act_mul": lambda backend: backend.act_mul(meta(64, 2 * 14336), "silu"),
+    "rms_norm, rounded to int8": _rounded_norm,
+    "act_mul, rounded to int8 in 128s": _rounded_activation,
     "argmax": lambda backend: backend.argmax(meta(64, 128256, dtype=torch.float32)),
     "sample": lambda backend: backend.sample(meta(64, 128256, dtype=torch.float32), meta(64, 5, dtype=torch.float64)),
     "logprobs": lambda backend: backend.logprobs(meta(64, 128256, dtype=torch.float32), meta(64, dtype=torch.int64), 20),

@@ -19,8 +19,10 @@ group. With few tiles K is cut as in linear_gemm.py, whose `reduce_kernel` adds 
 
 Consecutive programs share columns, not rows: the matrix comes from memory once, and x, which is smaller, from L2.
 
-Left out: e5m2 (checkpoints have e4m3; such matrices meet 16-bit rows), and making the codes of x in the norm or activation before it: an op
-returns what the next takes in 16 bits, and the pass reads it from L2.
+Where a norm or an activation comes before, and nothing else reads what it makes, that op writes the codes (`rounded.py`) and the pass is
+saved: three of a layer's four products have it so, all but the one after attention.
+
+Left out: e5m2 (checkpoints have e4m3; such matrices meet 16-bit rows).
 """
 
 from __future__ import annotations
@@ -29,10 +31,12 @@ import torch
 import triton
 import triton.language as tl
 
-from minfer.kernels.ops import Weight
-from minfer.kernels.triton.checks import index, power_of_2
+from minfer.kernels.ops import RoundedRows, RoundingWeight, Rows
+from minfer.kernels.triton.act_mul import LONGEST, act_mul, act_mul_rounded
+from minfer.kernels.triton.checks import index, power_of_2, shaped
 from minfer.kernels.triton.linear_dense import check_product
 from minfer.kernels.triton.linear_gemm import reduce_kernel
+from minfer.kernels.triton.rms_norm import rms_norm_rounded
 from minfer.kernels.triton.splits import splits_of
 from minfer.kernels.triton.targets import Target
 from minfer.kernels.triton.tuning import Blocks, Tuning, shape_class
@@ -109,7 +113,7 @@ def gemm_w8a8_kernel(
         tl.store(out_ptr + row.to(tl.int64)[None, :] * n + column[:, None], acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-class TritonRoundedWeight(Weight):
+class TritonRoundedWeight(RoundingWeight):
     """A matrix [N, K] of 8-bit codes, whose rows of x are rounded to 8 bits too."""
 
     def __init__(self, packed: PackedWeight, dtype: torch.dtype, device: torch.device, target: Target, tuning: Tuning) -> None:
@@ -143,18 +147,32 @@ class TritonRoundedWeight(Weight):
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         check_product(x, self.shape, self.dtype, self.codes, bias)
-        rows, (n, k) = x.shape[0], self.shape
-        out = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+        return self.linear_rounded(RoundedRows(*self.quantize_rows(x)), bias)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None) -> tuple[Rows, torch.Tensor]:
+        return rms_norm_rounded(x, weight, eps, residual, self.codes.dtype, self.group)
+
+    def act_mul(self, x: torch.Tensor, kind: str) -> Rows:
+        return act_mul_rounded(x, kind, self.codes.dtype, self.group) if x.shape[1] <= 2 * LONGEST else act_mul(x, kind)
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale."""
+        return self.shape[1] // self.scales.shape[0]
+
+    def linear_rounded(self, x: RoundedRows, bias: torch.Tensor | None) -> torch.Tensor:
+        codes, x_scales, rows, (n, k) = x.codes, x.scales, x.shape[0], self.shape
+        shaped("rounded rows", codes, rows, k)
+        out = torch.empty((rows, n), dtype=self.dtype, device=codes.device)
         if not rows:
             return out
-        codes, x_scales = self.quantize_rows(x)
         groups = self.scales.shape[0]
         blocks = self.tuning.blocks(self.class_of(rows), self.default_blocks(rows))
         if groups > 1:
             blocks["BLOCK_K"] = GROUP  # a step is a group
         row_blocks, column_blocks = triton.cdiv(rows, blocks["BLOCK_M"]), triton.cdiv(n, blocks["BLOCK_N"])
         splits = splits_of(row_blocks * column_blocks, triton.cdiv(k, blocks["BLOCK_K"]), rows, self.target)
-        partial = out if splits == 1 else torch.empty((splits, rows, n), dtype=torch.float32, device=x.device)
+        partial = out if splits == 1 else torch.empty((splits, rows, n), dtype=torch.float32, device=out.device)
         meta = {"K": k, "GROUPS": groups, "HAS_BIAS": bias is not None, "SPLITS": splits, **blocks}
         gemm_w8a8_kernel[(row_blocks, column_blocks, splits)](codes, x_scales, self.codes, self.scales, bias, partial, rows, n, **meta)
         if splits > 1:
