@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import triton
 
-from minfer.kernels.triton.aot import BUDGETS, TARGETS, compile_all, drift, faults
+from minfer.errors import ConfigError
+from minfer.kernels.triton.aot import BUDGETS, TARGETS, compile_all, drift, faults, joined
 from minfer.kernels.triton.aot_page import render
 
 BUDGET = json.loads(BUDGETS.read_text())
@@ -60,6 +61,15 @@ def test_drift_and_faults_are_seen() -> None:
     assert drift({"one": {"cuda:90": {**report, "registers": 48}}}, {**budget, "triton": "0"}) == []
     assert "16 bytes of registers spilled" in faults({"one": {"cuda:90": {**report, "spills": 16}}})[0]
     assert "of 65536" in faults({"one": {"hip:gfx942": {**report, "shared": 65537}}})[0]
+
+
+def test_an_update_of_some_cases_leaves_the_others_and_drops_what_they_no_longer_launch() -> None:
+    both = {"cuda:80": {"registers": 1}, "cuda:90": {"registers": 1}}
+    budget = {"triton": triton.__version__, "kernels": {"sample, draw": both, "sample, old": {"cuda:90": {}}, "rotary": both}}
+    reports: dict[str, Any] = {"sample, draw": {"cuda:90": {"registers": 2}}}
+    assert joined(budget, reports, "sample") == {"sample, draw": {**both, "cuda:90": {"registers": 2}}, "rotary": both}
+    with pytest.raises(ConfigError, match="update it without --only"):
+        joined({**budget, "triton": "0"}, reports, "sample")
 
 
 def test_a_compiler_that_dies_names_its_kernel() -> None:

@@ -1,13 +1,16 @@
-"""The PTX that unpacks codes, evaluated for every 16-bit word and every part of it, against the elements' own definition."""
+"""What unpacks codes, for every 16-bit word and every part of it, against the elements' own definition: PTX evaluated, plain Triton run."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from kernels.devices import DEVICE
 from kernels.ptx import evaluate, halves
 
 from minfer.kernels.triton import codes as ptx
-from minfer.kernels.triton.codes import KINDS, factor, parts_of, placed_excess
+from minfer.kernels.triton.codes import E4M3_FNUZ, KINDS, code_tile, factor, parts_of, placed_excess
 from minfer.quant.elements import decode
 
 WORDS = torch.arange(65536)
@@ -40,6 +43,34 @@ def test_every_word_of_every_element(element: str, name: str, dtype: torch.dtype
     for part in range(parts):
         shift = 8 * part if element == "int8" else 16 // parts * (parts - 1 - part)
         compare(evaluate(text, [PAIRS, torch.tensor(shift)])[0], dtype, element, part)
+
+
+@triton.jit
+def tile_kernel(words_ptr, out_ptr, PART: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    words = tl.load(words_ptr + at)
+    tl.store(out_ptr + at, code_tile(words, 0, words_ptr, PART, KIND, True, False, tl.bfloat16))
+
+
+@pytest.mark.parametrize("element", ["int8", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1"])
+def test_every_word_as_a_bfloat16_without_ptx(element: str) -> None:
+    """As on CDNA, where nothing is rounded because nothing has to be."""
+    words, out = WORDS.to(torch.int16).to(DEVICE), torch.empty(65536, dtype=torch.bfloat16, device=DEVICE)
+    for part in range(parts_of(KINDS[element])):
+        tile_kernel[(2,)](words, out, part, KINDS[element], BLOCK=32768)
+        right = expected(element, part, WORDS)
+        usable = right.isfinite()
+        assert torch.equal(out.cpu().double()[usable], right[usable])
+        assert usable.sum() > 60000
+
+
+def test_a_code_taken_for_one_of_cdna3s_own_is_half_of_it() -> None:
+    """What `E4M3_FNUZ` rests on, by torch's own type: the interpreter lacks it. -0 is made 0 beforehand, NaN keeps a matrix from it."""
+    codes = torch.arange(256).to(torch.uint8)
+    usable = (codes != 128) & (codes & 127 != 127)
+    own = codes.view(torch.float8_e4m3fnuz).double() * factor(E4M3_FNUZ)
+    assert torch.equal(own[usable], codes.view(torch.float8_e4m3fn).double()[usable])
+    assert usable.sum() == 253 and own[128].isnan()
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -188,7 +188,7 @@ def drift(reports: dict[str, dict[str, Report]], budget: Report) -> list[str]:
     return found
 
 
-def _joined(budget: Report, reports: dict[str, dict[str, Report]], only: str) -> dict[str, dict[str, Report]]:
+def joined(budget: Report, reports: dict[str, dict[str, Report]], only: str) -> dict[str, dict[str, Report]]:
     """The budget's kernels with these reports in place of those that a case named like `only` had, for their targets."""
     if budget["triton"] != triton.__version__ and only:
         raise ConfigError(f"the budget is of Triton {budget['triton']}: update it without --only")
@@ -221,7 +221,7 @@ def main() -> None:
     if options.update:
         from minfer.kernels.triton.aot_page import write_page
 
-        budget = {"triton": triton.__version__, "kernels": _joined(json.loads(BUDGETS.read_text()), reports, options.only)}
+        budget = {"triton": triton.__version__, "kernels": joined(json.loads(BUDGETS.read_text()), reports, options.only)}
         BUDGETS.write_text(json.dumps(budget, indent=1, sort_keys=True) + "\n")
         write_page(budget)
     if found:

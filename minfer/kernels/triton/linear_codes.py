@@ -25,8 +25,16 @@ Scales and minima are kept in 16 bits where that loses nothing, as [groups, N]: 
 zero points become `zeros`, in the activations' type: what `codes.py` adds to a number. A matrix that was quantised in another order of its
 inputs (act-order) has x put into that order first. Block shapes come from `tuning.json`.
 
-Rows that are rounded to 8 bits as well: linear_w8a8.py. Left out: `tl.dot_scaled` for MXFP4. On sm_90 Triton 3.6 makes the same bfloat16
-product of it, elsewhere of these targets it doesn't compile, and its interpreter lacks it.
+Rows that are rounded to 8 bits as well: linear_w8a8.py. Left out: `tl.dot_scaled` for MXFP4, compiled
+with Triton 3.6 and counted as instructions a weight, 64 outputs x 16 rows, beside the kernel here:
+
+                                  sm_80   sm_90   gfx90a   gfx942   gfx950   sm_100
+    dot_scaled, x in bfloat16     7.4     8.9     8.9      5.2      4.9      7.8       no unit multiplies these two: it unpacks as well
+    linear_gemm.py                5.1     5.3     8.8      8.3
+    dot_scaled, x in mxfp8                                          1.2      2.2       native, in tiles of 64 x 64 and 128 x 64
+
+So it would gain on CDNA3 alone, in a layout of its own (its byte holds two neighbours of one group), unseen by tests: the interpreter
+lacks it. Where it is native, rows would have to be rounded to mxfp8 first: worth a kernel for those two targets, which isn't written.
 """
 
 from __future__ import annotations
@@ -40,7 +48,7 @@ import triton
 
 from minfer.kernels.ops import Weight
 from minfer.kernels.triton.checks import index, power_of_2
-from minfer.kernels.triton.codes import INT4, KINDS, TABLE, factor, number_excess, parts_of, placed_excess, table_bytes
+from minfer.kernels.triton.codes import E4M3, E4M3_FNUZ, INT4, KINDS, TABLE, factor, number_excess, parts_of, placed_excess, table_bytes
 from minfer.kernels.triton.linear_dense import check_product
 from minfer.kernels.triton.linear_few import few_rows_kernel
 from minfer.kernels.triton.linear_gemm import dequantize_kernel, gemm_codes_kernel, reduce_kernel
@@ -85,13 +93,15 @@ class TritonCodesWeight(Weight):
         self.shape, self.dtype, self.target, self.tuning = packed.shape, dtype, target, tuning
         self.element, self.group = packed.scheme.element, packed.scheme.group_size
         self.kind = KINDS[self.element]
+        codes = packed.codes.to(device)
+        if self.kind == E4M3 and target.converts_fnuz and not _has_nan(codes):
+            self.kind, codes = E4M3_FNUZ, torch.where(codes == -128, 0, codes)
         self.parts = parts_of(self.kind)
         k = packed.shape[1]
         roomy = self.kind != TABLE or target.nvidia  # what a load of every number from a table needs of LDS doubles with the run
         self.run = 64 if roomy and self.group % 64 == 0 and k % (64 * self.parts) == 0 else 32
         # Symmetric 4-bit integers are signed; the kernels' codes aren't.
         self.offset = 8 if self.kind == INT4 and packed.mins is None else 0
-        codes = packed.codes.to(device)
         self.codes = pack(codes + 8 if self.offset else codes, self.parts, self.run)
         scales, mins = packed.scales.to(device), None if packed.mins is None else packed.mins.to(device)
         self.scales = _compact(scales * factor(self.kind), dtype)
@@ -244,6 +254,11 @@ class TritonCodesWeight(Weight):
             grouped = grouped + self.mins[:, ids].t().float()[:, :, None]
         rows = grouped.view(count, k).to(self.dtype)
         return rows if self.order is None else torch.empty_like(rows).index_copy_(1, self.order, rows)
+
+
+def _has_nan(codes: torch.Tensor) -> bool:
+    """Whether one of these e4m3 codes, int8 [N, K], is no number."""
+    return codes.device.type != "meta" and bool(((codes & 127) == 127).any())
 
 
 def _compact(values: torch.Tensor, preferred: torch.dtype) -> torch.Tensor:

@@ -5,7 +5,7 @@ tiles are chosen to fit both, and where one is better served by other tiles `tun
 
 fp8: the type of 8-bit floats that the matrix units multiply. sm_80 and CDNA2 have none, and CDNA3's e4m3 ("fnuz") has another bias
 than the one that checkpoints come in: the same bits mean half as much, and those of -0 aren't a number. Where matrices of such floats
-meet 16-bit rows they are taken apart bit by bit, on all targets (`codes.py`).
+meet 16-bit rows they are taken apart bit by bit (`codes.py`), but on CDNA3, which converts two of its own in one instruction.
 
 Under the interpreter nothing is NVIDIA's: it runs no assembly.
 """
@@ -53,6 +53,11 @@ class Target:
         if kind == "hip":
             return torch.float8_e4m3fnuz if model.startswith("gfx94") else torch.float8_e4m3fn if model.startswith("gfx95") else None
         return torch.float8_e4m3fn
+
+    @property
+    def converts_fnuz(self) -> bool:
+        """Whether codes of e4m3 are best taken for the device's own and converted by it. The interpreter doesn't know the type."""
+        return self.fp8 == torch.float8_e4m3fnuz and not triton.knobs.runtime.interpret
 
     @staticmethod
     def of(device: torch.device) -> Target:
