@@ -2,7 +2,8 @@
 
 Who guesses is a `Proposer`; how many guesses pay is `policy.py`'s to say. What is thought of a new request is what those before it were
 like. To look at a step costs, too: a step takes milliseconds, and what Python does beside it a percent or two of that. So where drafts
-don't pay and the account has no time for finding out whether they do by now, steps of nothing but newest tokens go by unseen until it has.
+don't pay and the account has no time for finding out whether they do by now, a proposer that guesses from the target's states doesn't see
+steps of nothing but newest tokens until it has. Others look always: a text that begins to repeat itself is worth more than that.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ class Speculation:
         # A prompt's share of the proposer's work belongs to the prompt, and is no loss to decoding.
         if plan.one_each or all(item.start >= item.request.num_prompt_tokens for item in plan.scheduled):
             self._following += 0.1 * (following - self._following)
-            self._pay(following + price)
+            self._pay(following + price if self._look_back else price if self._drafted else 0.0)
 
     def _sleeps_through(self, plan: SchedulerOutput) -> bool:
         """Whether nothing is looked at: until there is time again to find out whether drafts pay, and nobody came or went."""
@@ -227,7 +228,7 @@ class Speculation:
             return [0] * len(ready)
         held = self.account.seconds or 0.0
         lengths, self._least = draft_lengths([self._known(request).rate for request in ready], costs, self.num_draft_tokens, held)
-        if plain > 0 and not any(lengths):
+        if self._look_back and plain > 0 and not any(lengths):
             missing = costs.fixed + costs.each(self._worth) + self._look_back * self._following - held
             self._asleep = self._look_back + min(LONGEST_SLEEP, int(missing / (SHARE * plain)) + 1) if missing > 0 else 0
         return lengths
