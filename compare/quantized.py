@@ -56,6 +56,7 @@ PAIRS: tuple[tuple[str, str], ...] = (
     ("GPTQ, 4 bits, groups of 32", "RTN, 4 bits, groups of 32"),
     ("GPTQ, 4 bits, groups of 64", "RTN, 4 bits, groups of 64"),
     ("GPTQ, 4 bits, a scale a row", "RTN, 4 bits, a scale a row"),
+    ("GPTQ, 4 bits, groups of 64, zero points", "RTN, 4 bits, groups of 64, zero points"),
     ("AWQ, 4 bits, groups of 32, zero points", "RTN, 4 bits, groups of 32, zero points"),
     ("AWQ, 4 bits, groups of 64, zero points", "RTN, 4 bits, groups of 64, zero points"),
     ("GPTQ, 3 bits, groups of 64, zero points", "RTN, 3 bits, groups of 64, zero points"),
