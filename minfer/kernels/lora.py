@@ -37,7 +37,7 @@ class LoraWeights:
     """Adapter number i of a batch, from 1, is entry i - 1 here. A part that an adapter leaves alone has rank 0."""
 
     a: torch.Tensor  # [adapters, parts * R, K]
-    b: torch.Tensor  # [adapters, R, N]
+    b: torch.Tensor  # [adapters, R, N], or as the backend whose `prepare_lora` it has been through stores it
     scales: torch.Tensor  # [adapters, parts] float32
     ranks: torch.Tensor  # [adapters, parts] int32, each at most R
     bounds: torch.Tensor  # [parts + 1] int32: the columns at which parts begin, and N

@@ -123,6 +123,10 @@ class Backend(ABC):
     def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
         """The matrix repacked, or the reason for declining it. `dtype` is that of the activations."""
 
+    def prepare_lora(self, weights: LoraWeights) -> LoraWeights:
+        """The adapters of a product in the layout that this backend's `lora` reads."""
+        return weights
+
     def stack(self, parts: Sequence[Weight]) -> Weight:
         """Matrices that this backend prepared, whose products stand side by side in one output."""
         return StackedWeight(parts)
@@ -214,6 +218,10 @@ class Ops:
                 return joined
             reasons.append(f"{backend.name}: {joined}")
         raise ModelLoadError(f"no kernel goes through these experts: {'; '.join(reasons)}")
+
+    def prepare_lora(self, weights: LoraWeights) -> LoraWeights:
+        """Repacks the adapters of a product for the backend that `lora` was chosen from."""
+        return next(b for b in self.backends if b.name == self.chosen["lora"]).prepare_lora(weights)
 
     def _prepare(self, weight: torch.Tensor | PackedWeight) -> tuple[Weight, Backend]:
         reasons = []

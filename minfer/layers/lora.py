@@ -36,7 +36,8 @@ def add_adapters(model: nn.Module, adapters: Sequence[LoraCheckpoint]) -> None:
         shapes = {f"{parent}.{part}": (rows, layer.inputs) for part, rows in parts.items()}
         taken = [[_take(adapter, own, *item) for item in shapes.items()] for adapter, own in zip(adapters, left, strict=True)]
         if any(part is not None for own in taken for part in own):
-            layer.lora = LoraWeights.stack(taken, layer.inputs, list(parts.values()), layer.ops.dtype, layer.device)
+            stacked = LoraWeights.stack(taken, layer.inputs, list(parts.values()), layer.ops.dtype, layer.device)
+            layer.lora = layer.ops.prepare_lora(stacked)
     for adapter, rest in zip(adapters, left, strict=True):
         if rest:
             raise ModelLoadError(

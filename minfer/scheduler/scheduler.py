@@ -86,6 +86,7 @@ class SchedulerStats:
 
     num_steps: int = 0
     num_computed_tokens: int = 0
+    num_adapter_tokens: int = 0  # of those, with a LoRA adapter
     num_preemptions: int = 0
     num_prefix_queries: int = 0  # prompt tokens looked up
     num_prefix_hits: int = 0  # prompt tokens found
@@ -164,6 +165,8 @@ class Scheduler:
                 item.drawn = ()
                 continue
             computed += item.num_new_tokens
+            if request.adapter:
+                self.stats.num_adapter_tokens += item.num_new_tokens
             reason = self._append(item)
             if request.num_computed_tokens >= (request.published_blocks + 1) * self.block_size:
                 self._publish(request)

@@ -143,6 +143,8 @@ class EngineCollector(_Families):
         yield self._counter("prompt_tokens", "Prompt tokens of the sequences that were begun.", stats.num_prompt_tokens)
         yield self._counter("prompt_tokens_cached", "Prompt tokens whose KV was there already.", stats.num_cached_tokens)
         yield self._counter("generation_tokens", "Tokens generated.", stats.num_output_tokens)
+        if llm.config.adapters:
+            yield self._counter("lora_tokens", "Tokens that went through the model with a LoRA adapter.", done.num_adapter_tokens)
         yield self._counter_by(("finished_reason",), "request_success", "Sequences that ended, by how.", _keyed(stats.ended_by))
         yield self._counter("engine_steps", "Steps of the engine's loop.", times.steps)
         seconds = {part: getattr(times, part) for part in STEP_PARTS}

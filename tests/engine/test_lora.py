@@ -73,6 +73,8 @@ def test_a_mixed_batch_says_what_peft_says(
 ) -> None:
     llm = load(tiny_llama, adapters, **settings)
     assert run(llm, lora=ADAPTERS) == expected
+    stats = llm.engine.core.scheduler.stats
+    assert 0 < stats.num_adapter_tokens < stats.num_computed_tokens
     if "speculative" in settings:
         assert llm.engine.core.speculation is not None
         assert llm.engine.core.speculation.stats.num_draft_tokens > 0

@@ -70,7 +70,7 @@ class Case:
         y = randn(len(adapters), sum(self.outputs) + 5, dtype=self.dtype, seed=8)[:, : sum(self.outputs)]
         expected = self.expected(y, x, adapters)
         before = y.clone()
-        backend.lora(y, x, self.weights, tiled(counts, len(self.adapters), self.device))  # type: ignore[attr-defined]
+        backend.lora(y, x, backend.prepare_lora(self.weights), tiled(counts, len(self.adapters), self.device))  # type: ignore[attr-defined]
         close(y, expected, tolerance)
         untouched = [row for row, adapter in enumerate(adapters) if not adapter]
         assert torch.equal(y[untouched], before[untouched]), "a row without an adapter is the model's own, to the bit"
@@ -115,9 +115,9 @@ def test_a_rows_result_does_not_depend_on_its_tile(backend: Backend, cpu: CpuBac
     for each, device, tolerance in ((cpu, host, 0.0), (backend, DEVICE if backend is TRITON else host, 1e-5)):
         case = Case([[9]], 70, [600], torch.float32, device)
         x, y = randn(23, 70).to(device), randn(23, 600, seed=1).to(device)
-        alone = y[5:6].clone()
-        each.lora(y, x, case.weights, tiled([(1, 23)], 1, device))  # type: ignore[attr-defined]
-        each.lora(alone, x[5:6], case.weights, tiled([(1, 1)], 1, device))  # type: ignore[attr-defined]
+        alone, weights = y[5:6].clone(), each.prepare_lora(case.weights)
+        each.lora(y, x, weights, tiled([(1, 23)], 1, device))  # type: ignore[attr-defined]
+        each.lora(alone, x[5:6], weights, tiled([(1, 1)], 1, device))  # type: ignore[attr-defined]
         torch.testing.assert_close(y[5:6], alone, rtol=tolerance, atol=tolerance)
 
 
@@ -151,11 +151,11 @@ def test_tiles_cover_each_row_with_an_adapter_once() -> None:
 
 def test_what_a_kernel_cannot_read_is_named(cpu: CpuBackend) -> None:
     for backend, device in ((cpu, torch.device("cpu")), (TRITON, DEVICE)):
-        case = Case([[8]], 64, [32], torch.float32, device)
+        weights = backend.prepare_lora(Case([[8]], 64, [32], torch.float32, device).weights)
         x, y, rows = randn(4, 64).to(device), randn(4, 32).to(device), tiled([(1, 4)], 1, device)
         with pytest.raises(ConfigError, match=r"must be torch\.float16"):
-            backend.lora(y.half(), x.half(), case.weights, rows)
+            backend.lora(y.half(), x.half(), weights, rows)
         with pytest.raises(ConfigError, match=r"\[4, 31\]"):
-            backend.lora(y[:, :31], x, case.weights, rows)
+            backend.lora(y[:, :31], x, weights, rows)
         with pytest.raises(ConfigError, match=r"rows must be contiguous torch.int32"):
-            backend.lora(y, x, case.weights, dataclasses.replace(rows, rows=rows.rows.long()))
+            backend.lora(y, x, weights, dataclasses.replace(rows, rows=rows.rows.long()))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from kernels.devices import DEVICE
+from lora_adapters import write_adapter
 
 from minfer import LLM, SamplingParams
 from minfer.errors import ConfigError
@@ -21,12 +22,14 @@ PROMPTS = [[5, 9, 200, 17], list(range(40, 63)), [7]]
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 
 
-def tokens(folder: Path, backend: str, **settings: Any) -> list[list[int]]:
+def tokens(folder: Path, backend: str, asked: Sequence[str | None] | None = None, **settings: Any) -> list[list[int]]:
+    """`asked`: by prompt, the LoRA adapter."""
     options = {"dtype": "float32", "device": DEVICE.type, "max_model_len": 128, "kv_cache_memory": 2**20, **settings}
     llm = LLM(str(folder), backend=backend, **options)
     if backend == "triton":
         assert set(llm.engine.core.loaded.ops.chosen.values()) == {"triton"}
-    return [output.outputs[0].token_ids for output in llm.generate([{"prompt_token_ids": p} for p in PROMPTS], GREEDY, use_tqdm=False)]
+    outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], GREEDY, use_tqdm=False, lora=asked)
+    return [output.outputs[0].token_ids for output in outputs]
 
 
 def test_an_engine_says_what_the_reference_says(tiny_llama: Path) -> None:
@@ -79,6 +82,14 @@ def test_a_prefix_that_all_share_is_read_once(tiny_llama: Path) -> None:
 def test_with_windows_biases_and_a_tied_head(make_checkpoint: Callable[..., Path]) -> None:
     folder = make_checkpoint("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1, tie_word_embeddings=True)
     assert tokens(folder, "triton") == tokens(folder, "reference")
+
+
+def test_with_adapters(tiny_llama: Path, tmp_path: Path) -> None:
+    adapters = {name: str(write_adapter(tiny_llama, tmp_path / name, seed, r=rank)) for name, seed, rank in (("a", 0, 4), ("b", 1, 24))}
+    asked = ["a", None, "b"]
+    expected = tokens(tiny_llama, "reference", asked, lora=adapters)
+    assert expected != tokens(tiny_llama, "reference")
+    assert tokens(tiny_llama, "triton", asked, lora=adapters) == expected
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="about machines without a GPU")

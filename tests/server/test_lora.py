@@ -61,6 +61,7 @@ def test_the_model_of_a_request_may_be_an_adapter(server: httpx.Client, texts: d
         assert {part["model"] for part in parts} == {name}
         assert streamed_text(parts) == text
     assert post(server, COMPLETE, **BODY)["choices"][0]["text"] == texts[NAME], "who names no model gets the model itself"
+    assert "minfer:lora_tokens_total" in server.get("/metrics").text
 
 
 def test_adapters_at_the_same_time(server: httpx.Client, texts: dict[str, str], adapted: AsyncLLM) -> None:

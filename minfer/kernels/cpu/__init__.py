@@ -6,7 +6,9 @@ call. What it leaves out: anything but float32, bfloat16 and float16 activations
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -22,6 +24,7 @@ from minfer.quant import PackedWeight
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 1024  # kMaxHeadDim in kv_codes.h
+_LORA_PANEL = 64  # kPanel in lora.cpp
 
 
 class CpuBackend(Backend):
@@ -66,12 +69,25 @@ class CpuBackend(Backend):
         self._lora_expand = runtime.op(
             "lora_expand",
             "ptr t, ptr index, ptr tiles, ptr b, ptr scales, ptr ranks, ptr bounds, ptr y, int lora_tiles, int parts, int rank, "
-            "int columns, int y_stride, int dtype",
+            "int y_stride, int dtype",
         )
         self._sample = runtime.op("sample", "ptr logits, ptr wishes, ptr out, int rows, int width, int x_stride")
 
     def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
         return self.linear_kernels.prepare(weight, dtype)
+
+    def prepare_lora(self, weights: LoraWeights) -> LoraWeights:
+        """b as [adapters, panels, R, 64]: the columns of each part in panels of 64, the last filled up with zeros (lora.cpp).
+
+        Both lie among the other weights, in huge pages: of small ones each product would touch dozens.
+        """
+        arena = self.linear_kernels.arena
+        panels = []
+        for begin, end in pairwise(weights.columns):
+            own = torch.nn.functional.pad(weights.b[:, :, begin:end], (0, (begin - end) % _LORA_PANEL))
+            panels.append(own.unflatten(2, (-1, _LORA_PANEL)).transpose(1, 2))
+        a, b = (arena.empty(t.numel(), t.dtype).view(t.shape).copy_(t) for t in (weights.a, torch.cat(panels, 1)))
+        return dataclasses.replace(weights, a=a, b=b)
 
     def stack(self, parts: Sequence[Weight]) -> Weight:
         return CpuStackedWeight(self.runtime, parts)
@@ -163,7 +179,7 @@ class CpuBackend(Backend):
             _same_type(name, tensor, x)
         _index("rows", rows.rows, torch.int32)
         _index("tiles", rows.tiles, torch.int32)
-        width, columns = weights.a.shape[2], weights.b.shape[2]
+        width, columns = weights.a.shape[2], weights.columns[-1]
         if x.shape[1:] != (width,) or y.shape != (x.shape[0], columns):
             raise ConfigError(f"these adapters add [T, {columns}] made of [T, {width}], not {list(y.shape)} of {list(x.shape)}")
         runtime, ptr, tiles, sizes = self.runtime, self.runtime.ptr, rows.tiles.shape[0], (weights.parts, weights.rank)
@@ -171,7 +187,7 @@ class CpuBackend(Backend):
         index = (ptr(rows.rows), ptr(rows.tiles))
         self._lora_shrink(ptr(x), *index, ptr(weights.a), ptr(weights.ranks), ptr(t), tiles, width, _row_stride(x, "x"), *sizes, _code(x))
         of_parts = map(ptr, (weights.scales, weights.ranks, weights.bounds))
-        self._lora_expand(ptr(t), *index, ptr(weights.b), *of_parts, ptr(y), tiles, *sizes, columns, _row_stride(y, "y"), _code(y))
+        self._lora_expand(ptr(t), *index, ptr(weights.b), *of_parts, ptr(y), tiles, *sizes, _row_stride(y, "y"), _code(y))
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         rows, width = logits.shape

@@ -1,13 +1,16 @@
 // What LoRA adapters add to a product, row by row: y += scale (x a^T) b, each row with matrices of its own adapter.
 //
 //   lora_shrink   x [rows, width]    ->  t [rows, parts x rank] float32    dots along the inputs
-//   lora_expand   t                  ->  y [rows, columns] +=              rows of b, each times one number
+//   lora_expand   t                  ->  y [rows, columns] +=              rows of b, each times one number; b in panels of 64 columns,
+//                                                                          so that it is read from front to back
 //
 // Rows come sorted by adapter and cut into tiles (`LoraRows` of batch.py), so a matrix is read once for a tile. A row is always added
 // up in the same order, whoever stands beside it. The scale is applied in float32, behind both: the matrices stay as they were trained.
 //
 // At decode a tile is a row or a few, and the work some ten thousand multiplications a product: it is cut so that a chunk is worth
 // handing to another thread. Prompts have tiles of many rows, where four rows share each load of a weight.
+#include <type_traits>
+
 #include "abi.h"
 #include "pool.h"
 #include "simd.h"
@@ -17,8 +20,9 @@ namespace MINFER_ISA {
 namespace {
 
 constexpr int64_t kOutputs = 16;   // of t, in one chunk; ranks are stored in multiples of it
-constexpr int64_t kColumns = 512;  // of y, in one chunk
-constexpr int kRows = 4;           // that share a load of a weight
+constexpr int64_t kPanel = 64;     // columns of b that are stored together
+constexpr int64_t kPanels = 8;     // in one chunk
+constexpr int64_t kRows = 4;       // that share a load of a weight
 
 struct Tile {
   int32_t adapter, first, count;
@@ -36,15 +40,26 @@ struct LoraShrinkArgs {
   int64_t lora_tiles, width, x_stride, parts, rank, dtype;
 };
 
+// As sum() of simd.h. Dots are short here, and that loop over lanes would take as long as the products.
+inline float total(Vec v) {
+#if defined(MINFER_ISA_avx512)
+  return _mm512_reduce_add_ps(v);
+#else
+  return sum(v);
+#endif
+}
+
 // t[i][j] = x[i] . a[j] for Rows rows and four outputs.
 template <int Rows, class T>
 void dots(const T* const* x, const T* a, int64_t width, float* t, int64_t t_stride) {
   Vec acc[Rows][4] = {};
   int64_t k = 0;
   for (; k + kLanes <= width; k += kLanes) {
+    Vec in[Rows];
+    for (int i = 0; i < Rows; ++i) in[i] = load(x[i] + k);
     for (int j = 0; j < 4; ++j) {
       const Vec weight = load(a + j * width + k);
-      for (int i = 0; i < Rows; ++i) acc[i][j] = fma(load(x[i] + k), weight, acc[i][j]);
+      for (int i = 0; i < Rows; ++i) acc[i][j] = fma(in[i], weight, acc[i][j]);
     }
   }
   if (k < width) {
@@ -54,9 +69,26 @@ void dots(const T* const* x, const T* a, int64_t width, float* t, int64_t t_stri
     }
   }
   for (int i = 0; i < Rows; ++i) {
-    for (int j = 0; j < 4; ++j) t[i * t_stride + j] = sum(acc[i][j]);
+    for (int j = 0; j < 4; ++j) t[i * t_stride + j] = total(acc[i][j]);
   }
 }
+
+// Calls body with the number of rows, 1 to kRows, as a constant.
+template <class Body>
+inline void with_rows(int64_t rows, const Body& body) {
+  switch (rows) {
+    case 1:
+      return body(std::integral_constant<int, 1>());
+    case 2:
+      return body(std::integral_constant<int, 2>());
+    case 3:
+      return body(std::integral_constant<int, 3>());
+    default:
+      return body(std::integral_constant<int, 4>());
+  }
+}
+
+inline int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 
 void lora_shrink(const LoraShrinkArgs& args, Pool& pool) {
   const int64_t outputs = args.parts * args.rank, chunks = outputs / kOutputs;
@@ -67,23 +99,20 @@ void lora_shrink(const LoraShrinkArgs& args, Pool& pool) {
       const int64_t begin = chunk % chunks * kOutputs, part = begin / args.rank;
       if (tile.adapter == 0) return;
       const int64_t adapter = tile.adapter - 1;
-      const int64_t left = args.ranks[adapter * args.parts + part] - begin % args.rank;
-      const int64_t end = begin + (left < kOutputs ? left : kOutputs);  // what is behind the adapter's own rank, nobody reads
+      // What is behind the adapter's own rank, nobody reads.
+      const int64_t end = begin + at_most(args.ranks[adapter * args.parts + part] - begin % args.rank, kOutputs);
       const T* a = static_cast<const T*>(args.a) + adapter * outputs * args.width;
       for (int64_t i = 0; i < tile.count; i += kRows) {
-        const int64_t rows = tile.count - i < kRows ? tile.count - i : kRows;
         const T* x[kRows];
+        const int64_t rows = at_most(tile.count - i, kRows);
         for (int64_t n = 0; n < rows; ++n) {
           x[n] = static_cast<const T*>(args.x) + args.index[tile.first + i + n] * args.x_stride;
         }
-        for (int64_t j = begin; j < end; j += 4) {
-          float* t = args.t + (tile.first + i) * outputs + j;
-          if (rows == kRows) {
-            dots<kRows>(x, a + j * args.width, args.width, t, outputs);
-          } else {
-            for (int64_t n = 0; n < rows; ++n) dots<1>(x + n, a + j * args.width, args.width, t + n * outputs, outputs);
+        with_rows(rows, [&](auto count) {
+          for (int64_t j = begin; j < end; j += 4) {
+            dots<count>(x, a + j * args.width, args.width, args.t + (tile.first + i) * outputs + j, outputs);
           }
-        }
+        });
       }
     });
   });
@@ -95,83 +124,80 @@ struct LoraExpandArgs {
   const float* t;         // as lora_shrink left it
   const int32_t* index;   // as there
   const Tile* tiles;      // as there
-  const void* b;          // [adapters, rank, columns]
+  const void* b;          // [adapters, panels, rank, kPanel]: the columns of each part in panels, the last one filled up with zeros
   const float* scales;    // [adapters, parts]
   const int32_t* ranks;   // [adapters, parts]
   const int32_t* bounds;  // [parts + 1]: part p has the columns bounds[p] .. bounds[p + 1]
-  void* y;                // [rows, columns], rows y_stride elements apart; added to
-  int64_t lora_tiles, parts, rank, columns, y_stride, dtype;
+  void* y;                // [rows, bounds[parts]], rows y_stride elements apart; added to
+  int64_t lora_tiles, parts, rank, y_stride, dtype;
 };
 
-// y[i] += scale * t[i] . b for Rows rows and Vecs vectors of columns; with `some` the one vector has so many columns only.
+// y[i] += scale * t[i] . b for Rows rows and Vecs vectors of a panel's columns, of which the last `count` may have fewer.
 template <int Rows, int Vecs, class T>
-void add_columns(const float* t, int64_t t_stride, const T* b, int64_t b_stride, int64_t rank, float scale, T* const* y, int64_t some) {
+void add_columns(const float* t, int64_t t_stride, const T* b, int64_t rank, float scale, T* const* y, int64_t first, int64_t count) {
   Vec acc[Rows][Vecs] = {};
   for (int64_t r = 0; r < rank; ++r) {
-    for (int v = 0; v < Vecs; ++v) {
-      const T* at = b + r * b_stride + v * kLanes;
-      const Vec weight = some != 0 ? load_some(at, some) : load(at);
-      for (int i = 0; i < Rows; ++i) acc[i][v] = fma(broadcast(t[i * t_stride + r]), weight, acc[i][v]);
+    Vec weight[Vecs];
+    for (int v = 0; v < Vecs; ++v) weight[v] = load(b + r * kPanel + v * kLanes);
+    for (int i = 0; i < Rows; ++i) {
+      const Vec factor = broadcast(t[i * t_stride + r]);
+      for (int v = 0; v < Vecs; ++v) acc[i][v] = fma(factor, weight[v], acc[i][v]);
     }
   }
   for (int i = 0; i < Rows; ++i) {
     for (int v = 0; v < Vecs; ++v) {
-      T* at = y[i] + v * kLanes;
-      const Vec before = some != 0 ? load_some(at, some) : load(at);
-      const Vec after = fma(acc[i][v], broadcast(scale), before);
-      some != 0 ? store_some(at, after, some) : store(at, after);
+      T* at = y[i] + first + v * kLanes;
+      const int64_t left = count - v * kLanes;
+      if (left >= kLanes) {
+        store(at, fma(acc[i][v], broadcast(scale), load(at)));
+      } else if (left > 0) {
+        store_some(at, fma(acc[i][v], broadcast(scale), load_some(at, left)), left);
+      }
     }
   }
 }
 
-// The same for any number of columns.
-template <int Rows, class T>
-void add_row(const float* t, int64_t t_stride, const T* b, int64_t b_stride, int64_t rank, float scale, T* const* y, int64_t count) {
-  constexpr int kVecs = Rows == 1 ? 4 : 2;  // enough sums at a time to hide how long one takes
-  T* at[Rows];
-  int64_t n = 0;
-  const auto here = [&]() -> T* const* {
-    for (int i = 0; i < Rows; ++i) at[i] = y[i] + n;
-    return at;
-  };
-  for (; n + kVecs * kLanes <= count; n += kVecs * kLanes) {
-    add_columns<Rows, kVecs>(t, t_stride, b + n, b_stride, rank, scale, here(), 0);
-  }
-  for (; n + kLanes <= count; n += kLanes) add_columns<Rows, 1>(t, t_stride, b + n, b_stride, rank, scale, here(), 0);
-  if (n < count) add_columns<Rows, 1>(t, t_stride, b + n, b_stride, rank, scale, here(), count - n);
-}
-
 void lora_expand(const LoraExpandArgs& args, Pool& pool) {
   const int64_t outputs = args.parts * args.rank;
-  int64_t chunks = 0;  // of a tile; each within one part
-  for (int64_t part = 0; part < args.parts; ++part) chunks += (args.bounds[part + 1] - args.bounds[part] + kColumns - 1) / kColumns;
+  int64_t panels = 0, chunks = 0;  // of all parts; a chunk lies within one
+  for (int64_t part = 0; part < args.parts; ++part) {
+    const int64_t own = (args.bounds[part + 1] - args.bounds[part] + kPanel - 1) / kPanel;
+    panels += own;
+    chunks += (own + kPanels - 1) / kPanels;
+  }
+  constexpr int kVecs = kLanes == 16 ? 4 : 2;  // with kRows, as many sums as there are registers for
   with_float_type(args.dtype, [&](auto type) {
     using T = decltype(type);
     pool.parallel_for(args.lora_tiles * chunks, [&](int64_t chunk, int) {
       const Tile tile = args.tiles[chunk / chunks];
       if (tile.adapter == 0) return;
-      int64_t part = 0, place = chunk % chunks;
+      int64_t part = 0, panel = 0, place = chunk % chunks, own;
       for (;; ++part) {
-        const int64_t own = (args.bounds[part + 1] - args.bounds[part] + kColumns - 1) / kColumns;
-        if (place < own) break;
-        place -= own;
+        own = (args.bounds[part + 1] - args.bounds[part] + kPanel - 1) / kPanel;
+        const int64_t here = (own + kPanels - 1) / kPanels;
+        if (place < here) break;
+        place -= here;
+        panel += own;
       }
       const int64_t adapter = tile.adapter - 1, rank = args.ranks[adapter * args.parts + part];
       if (rank == 0) return;
-      const int64_t begin = args.bounds[part] + place * kColumns, rest = args.bounds[part + 1] - begin;
-      const int64_t count = rest < kColumns ? rest : kColumns;
-      const T* b = static_cast<const T*>(args.b) + adapter * args.rank * args.columns + begin;
       const float scale = args.scales[adapter * args.parts + part];
+      const int64_t end = at_most(place * kPanels + kPanels, own), last = args.bounds[part + 1];
+      const T* b = static_cast<const T*>(args.b) + (adapter * panels + panel) * args.rank * kPanel;
       for (int64_t i = 0; i < tile.count; i += kRows) {
-        const int64_t rows = tile.count - i < kRows ? tile.count - i : kRows;
+        const int64_t rows = at_most(tile.count - i, kRows);
         const float* t = args.t + (tile.first + i) * outputs + part * args.rank;
         T* y[kRows];
-        for (int64_t n = 0; n < rows; ++n) y[n] = static_cast<T*>(args.y) + args.index[tile.first + i + n] * args.y_stride + begin;
-        if (rows == kRows) {
-          add_row<kRows>(t, outputs, b, args.columns, rank, scale, y, count);
-        } else {
-          for (int64_t n = 0; n < rows; ++n) add_row<1>(t + n * outputs, outputs, b, args.columns, rank, scale, y + n, count);
-        }
+        for (int64_t n = 0; n < rows; ++n) y[n] = static_cast<T*>(args.y) + args.index[tile.first + i + n] * args.y_stride;
+        with_rows(rows, [&](auto count) {
+          for (int64_t p = place * kPanels; p < end; ++p) {
+            for (int64_t v = 0; v < kPanel; v += kVecs * kLanes) {
+              const int64_t first = args.bounds[part] + p * kPanel + v;
+              if (first >= last) break;
+              add_columns<count, kVecs>(t, outputs, b + p * args.rank * kPanel + v, rank, scale, y, first, last - first);
+            }
+          }
+        });
       }
     });
   });
