@@ -122,7 +122,7 @@ def _result(engine: Engine, shape: Shape, runs: Sequence[Run], phases: dict[str,
         "repeats": len(runs),
         "cached_prompt_tokens": sum(run.cached_tokens for run in runs),
         "preemptions": sum(run.preemptions for run in runs),
-        "speculation": _speculation(runs),
+        "speculation": _speculation(runs, config.adaptive_drafts),
         "device": loaded.device.type,
         "dtype": config.dtype,
         "kv_cache_dtype": config.kv_cache_dtype,
@@ -131,8 +131,11 @@ def _result(engine: Engine, shape: Shape, runs: Sequence[Run], phases: dict[str,
     }
 
 
-def _speculation(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """Over all measured runs; None where nothing is guessed ahead. `accepted_at` counts right guesses by their place in the draft."""
+def _speculation(runs: Sequence[Run], adaptive: bool) -> dict[str, Any] | None:
+    """Over all measured runs; None where nothing is guessed ahead. `accepted_at` counts right guesses by their place in the draft.
+
+    Where drafts aren't `adaptive` no step goes without them, so nothing is known of what they gain.
+    """
     all_stats = [run.speculation for run in runs if run.speculation is not None]
     if not all_stats:
         return None
@@ -143,7 +146,7 @@ def _speculation(runs: Sequence[Run]) -> dict[str, Any] | None:
         "accepted_tokens": sum(stats.num_accepted_tokens for stats in all_stats),
         "accepted_at": [sum(counts) for counts in zip(*(stats.accepted_at for stats in all_stats), strict=True)],
         "mean_accepted_length": 1 + sum(stats.num_accepted_tokens for stats in all_stats) / max(1, sum(s.num_drafts for s in all_stats)),
-        "estimated_speedup": 1 + gained / sum(run.decode_s for run in runs) if gained else None,
+        "estimated_speedup": 1 + gained / sum(run.decode_s for run in runs) if adaptive else None,
     }
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -84,7 +84,8 @@ def collect(
     done, total = _progress(shards[-1]) if shards else (0, 0)
     yield total
     collector = Collector(after)
-    core = EngineCore(loaded, proposer=collector)
+    # Adaptive speculation doesn't show a proposer that never guesses right every step.
+    core = EngineCore(replace(loaded, config=replace(loaded.config, adaptive_drafts=False)), proposer=collector)
     while total < num_tokens and done < len(prompts):
         batch = range(done, min(done + group, len(prompts)))
         requests = [_request(loaded, prompts[index], index, max_answer, temperatures) for index in batch]
