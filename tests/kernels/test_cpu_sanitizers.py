@@ -36,8 +36,8 @@ def run_under(sanitizer: str, runtimes: list[str], options: dict[str, str], test
 def test_address_and_undefined_behaviour(tmp_path: Path) -> None:
     # The interpreter and torch never free everything, and were not built to be watched: only errors count, not leaks.
     options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"}
-    parts = ("elementwise", "attention", "kv_quant", "linear", "sample", "arena", "recorder")
-    tests = [f"test_cpu_{part}.py" for part in parts]
+    parts = ("elementwise", "attention", "kv_quant", "linear", "sample", "arena", "recorder", "moe")
+    tests = [*(f"test_cpu_{part}.py" for part in parts), "test_lora.py"]
     run_under("address,undefined", ["libasan.so", "libubsan.so"], options, tests, tmp_path)
 
 
