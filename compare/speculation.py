@@ -79,6 +79,10 @@ def main() -> None:
     parser.add_argument("--target", default="llama2-7b", help="forced: the shape that is drafted for")
     parser.add_argument("--drafter", default="tinyllama-1.1b", help="forced: the shape that drafts")
     options = parser.parse_args()
+    if options.head is not None and not (options.head / "config.json").is_file():
+        parser.error(f"--head {options.head} holds no config.json; `minfer train-draft` makes a head")
+    if not all(size.isdecimal() and int(size) > 0 for size in options.sizes.split(",")):
+        parser.error(f"--sizes takes numbers of sequences like 1,8,32, not {options.sizes!r}")
     if options.what != "page":
         _keep(options, time.monotonic() + options.seconds)
     PAGE.write_text(fill(PAGE.read_text(), tables()))
