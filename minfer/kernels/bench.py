@@ -26,7 +26,7 @@ from minfer.kernels import Ops, select_ops
 from minfer.kernels.bench_cases import SHAPES, Call, Case, Sizes, cases
 from minfer.kernels.bench_devices import CpuMachine, GpuMachine, Machine
 
-OPS = ("rms_norm", "rotary", "write_kv", "act_mul", "argmax", "attention", "linear")
+OPS = ("rms_norm", "rotary_kv", "act_mul", "argmax", "attention", "linear")
 LIBRARY = "library"
 
 

@@ -79,8 +79,7 @@ def cases(sizes: Sizes, rows: int) -> Iterator[Case]:
     shape, size = sizes.shape, sizes.dtype.itemsize
     h, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     yield Case("rms_norm", "rms_norm", 4 * rows * h * size, 0, "float32", *_rms_norm(sizes, rows))
-    yield Case("rotary", "rotary", 2 * rows * (q + kv) * size, 0, "float32", _rotary(sizes, rows))
-    yield Case("write_kv", "write_kv", 4 * rows * kv * size, 0, "float32", _write_kv(sizes, rows))
+    yield Case("rotary_kv", "rotary_kv", 2 * rows * (q + 2 * kv) * size, 0, "float32", _rotary_kv(sizes, rows))
     yield Case("act_mul", "act_mul", 3 * rows * shape.inner * size, 0, "float32", *_act_mul(sizes, rows))
     if rows <= sizes.decode:
         yield Case("argmax", "argmax", rows * shape.vocab * 4, 0, "float32", *_argmax(sizes, rows))
@@ -147,24 +146,15 @@ def _rms_norm(sizes: Sizes, rows: int) -> tuple[Callable[[Ops], Call], Callable[
     return make, library
 
 
-def _rotary(sizes: Sizes, rows: int) -> Callable[[Ops], Call]:
+def _rotary_kv(sizes: Sizes, rows: int) -> Callable[[Ops], Call]:
     def make(ops: Ops) -> Call:
         shape = sizes.shape
-        q, k = (sizes.randn(rows, heads, shape.head_dim) for heads in (shape.heads, shape.kv_heads))
+        q, k, v = (sizes.randn(rows, heads, shape.head_dim) for heads in (shape.heads, shape.kv_heads, shape.kv_heads))
         positions = torch.arange(rows, dtype=torch.int32, device=sizes.device)
         table = torch.rand(rows, shape.head_dim, device=sizes.device)
-        return lambda: ops.rotary(q, k, positions, table)
-
-    return make
-
-
-def _write_kv(sizes: Sizes, rows: int) -> Callable[[Ops], Call]:
-    def make(ops: Ops) -> Call:
-        shape = sizes.shape
-        k, v = (sizes.randn(rows, shape.kv_heads, shape.head_dim) for _ in range(2))
         cache = LayerCache.empty(-(-rows // BLOCK_SIZE), shape.kv_heads, BLOCK_SIZE, shape.head_dim, sizes.dtype, sizes.device)
         slots = torch.randperm(rows, device=sizes.device)
-        return lambda: ops.write_kv(k, v, cache, slots)
+        return lambda: ops.rotary_kv(q, k, v, positions, table, cache, slots)
 
     return make
 

@@ -13,7 +13,7 @@ Matrices are handed to `prepare` once, which asks the same list, in order, to re
 first backend that takes the matrix also multiplies by it. A quantised matrix that no backend has a kernel for is dequantised
 here, once and for good, and the log says so: that costs memory, where multiplying by it as it is would cost every step.
 
-Ops return new tensors, except `qk_norm`, `rotary`, `write_kv` and `lora`, which work in place. They take tensors whose last axes are
+Ops return new tensors, except `qk_norm`, `rotary_kv` and `lora`, which work in place. They take tensors whose last axes are
 contiguous and whose first stride is free, so q, k and v may be slices of one product. Models compute through ops and
 nothing else: that is what makes a step recordable below them (ARCHITECTURE, seam 3).
 """
@@ -39,7 +39,7 @@ logger = logging.getLogger("minfer.kernels")
 
 _Logprobs = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
-OP_NAMES = ("rms_norm", "qk_norm", "rotary", "write_kv", "attention", "act_mul", "argmax", "lora")
+OP_NAMES = ("rms_norm", "qk_norm", "rotary_kv", "attention", "act_mul", "argmax", "lora")
 
 
 class Weight(ABC):
@@ -117,7 +117,7 @@ class Backend(ABC):
     """A set of kernels. It implements any of `OP_NAMES` as methods with the signatures that `Ops` documents."""
 
     name: str
-    kv_formats: Sequence[str] = tuple(FORMATS)  # of the KV cache, that its write_kv and attention know
+    kv_formats: Sequence[str] = tuple(FORMATS)  # of the KV cache, that its rotary_kv and attention know
 
     @abstractmethod
     def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
@@ -185,7 +185,7 @@ class Ops:
 
     def check_kv_format(self, name: str) -> None:
         """Raises ConfigError if a chosen kernel can't write or read a KV cache of this format."""
-        for op in ("write_kv", "attention"):
+        for op in ("rotary_kv", "attention"):
             backend = next(b for b in self.backends if b.name == self.chosen[op])
             if name not in backend.kv_formats:
                 raise ConfigError(
@@ -268,13 +268,20 @@ class Ops:
         """Normalises each head of q[T, Hq, D] and k[T, Hk, D] in place: head / rms(head) * weight[D]."""
         self._qk_norm(q, k, q_weight, k_weight, eps)  # type: ignore[attr-defined]
 
-    def rotary(self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> None:
-        """Rotates q[T, Hq, D] and k[T, Hk, D] in place, half-split pairs (i, i + D/2). table[P, D] float32: cos | sin."""
-        self._rotary(q, k, positions, table)  # type: ignore[attr-defined]
-
-    def write_kv(self, k: torch.Tensor, v: torch.Tensor, cache: LayerCache, slots: torch.Tensor) -> None:
-        """Stores k, v [T, Hk, D] into the slots [T] of one layer's cache."""
-        self._write_kv(k, v, cache, slots)  # type: ignore[attr-defined]
+    def rotary_kv(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor,
+        table: torch.Tensor,
+        cache: LayerCache,
+        slots: torch.Tensor,
+    ) -> None:
+        """Rotates q[T, Hq, D] in place, half-split pairs (i, i + D/2), and stores k[T, Hk, D], rotated too, and v[T, Hk, D] into the
+        slots[T] of one layer's cache. table[P, D] float32: cos | sin. k may be left rotated or as it was: nobody reads it again.
+        """
+        self._rotary_kv(q, k, v, positions, table, cache, slots)  # type: ignore[attr-defined]
 
     def attention(
         self,

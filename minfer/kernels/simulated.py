@@ -258,11 +258,17 @@ class SimulatedBackend(Backend):
     def qk_norm(self, q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float) -> None:
         self.device.kernel(2.0 * 2 * (q.numel() + k.numel()))
 
-    def rotary(self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> None:
-        self.device.kernel(2.0 * 2 * (q.numel() + k.numel()))
-
-    def write_kv(self, k: torch.Tensor, v: torch.Tensor, cache: LayerCache, slots: torch.Tensor) -> None:
-        self.device.kernel(2.0 * 2 * (k.numel() + v.numel()))
+    def rotary_kv(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor,
+        table: torch.Tensor,
+        cache: LayerCache,
+        slots: torch.Tensor,
+    ) -> None:
+        self.device.kernel(2.0 * 2 * (q.numel() + k.numel() + v.numel()))
 
     def attention(
         self,

@@ -45,7 +45,6 @@ class Attention(nn.Module):
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)  # [T, Hq | Hk | Hk, D], views
         if self.q_norm is not None and self.k_norm is not None:
             self.ops.qk_norm(q, k, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
-        self.ops.rotary(q, k, batch.positions, self.rope)
-        self.ops.write_kv(k, v, cache, batch.slots)
+        self.ops.rotary_kv(q, k, v, batch.positions, self.rope, cache, batch.slots)
         out = self.ops.attention(q, cache, batch, self.scale, self.window)  # [T, Hq, D]
         return self.o_proj(out.view(tokens, self.heads * self.dim), batch.lora)  # type: ignore[no-any-return]

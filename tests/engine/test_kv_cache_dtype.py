@@ -90,5 +90,5 @@ def test_impossible_settings_are_refused_in_a_sentence(tiny_llama: Path, monkeyp
     from minfer.kernels.reference import ReferenceBackend
 
     monkeypatch.setattr(ReferenceBackend, "kv_formats", ("bf16",))
-    with pytest.raises(ConfigError, match="the reference backend's write_kv doesn't know kv_cache_dtype int8; use bf16"):
+    with pytest.raises(ConfigError, match="the reference backend's rotary_kv doesn't know kv_cache_dtype int8; use bf16"):
         engine(tiny_llama, "int8", backend="reference")

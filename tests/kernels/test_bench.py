@@ -65,12 +65,12 @@ def test_every_op_has_a_line_with_its_bytes_operations_and_library() -> None:
 def test_what_does_not_fit_or_comes_too_late_is_named() -> None:
     small = Fake()
     small.memory = 1 << 20
-    measured = measure(small, "--rows", "4", "--context", "32768", "--op", "attention", "rotary")
-    assert [entry["op"] for entry in measured["results"]] == ["rotary"]
+    measured = measure(small, "--rows", "4", "--context", "32768", "--op", "attention", "rotary_kv")
+    assert [entry["op"] for entry in measured["results"]] == ["rotary_kv"]
     assert measured["skipped"] == ["smollm2-135m, 4 rows, attention 4x1 over 32768: needs 0.4 GiB of memory"]
-    late = measure(Fake(), "--rows", "1", "--op", "rotary", "--seconds", "1e-9")
+    late = measure(Fake(), "--rows", "1", "--op", "rotary_kv", "--seconds", "1e-9")
     assert late["results"] == []
-    assert late["skipped"] == ["smollm2-135m, 1 rows, rotary: out of time"]
+    assert late["skipped"] == ["smollm2-135m, 1 rows, rotary_kv: out of time"]
 
 
 @pytest.mark.skipif(find() is None, reason="the compiled CPU kernels are not built")

@@ -42,8 +42,7 @@ class Step:
             x, residual = cpu.rms_norm(x, self.weight, 1e-5, residual)
             k, v = x.view(rows, HEADS, DIM).split((KV_HEADS, KV_HEADS), dim=1)
             q = cpu.rms_norm(x, self.weight, 1e-5)[0].view(rows, HEADS, DIM)
-            cpu.rotary(q, k, batch.positions, self.table)
-            cpu.write_kv(k, v, cache, batch.slots)
+            cpu.rotary_kv(q, k, v, batch.positions, self.table, cache, batch.slots)
             x = cpu.attention(q, cache, batch, 0.25).view(rows, WIDTH)
         return cpu.rms_norm(x, self.weight, 1e-5, residual)[0]
 

@@ -60,5 +60,5 @@ def test_the_sum_of_a_step() -> None:
     cells = step._row(results, "H200 SXM", "int4", 0.53125, 1).split(" | ")
     head = 2 * 4096 * 128256 / H200.read_bandwidth * 1e6
     assert cells[3:6] == ["3200", "166", "320"]
-    assert int(cells[8]) == round(3200 + 320 + 32 * 5 * 1.3 + head)
+    assert int(cells[8]) == round(3200 + 320 + 32 * 4 * 1.3 + head)
     assert step.step_table({"linear": {}}) == []

@@ -9,7 +9,6 @@ from kernels.devices import DEVICE, DTYPES, close, randn
 from minfer.errors import ConfigError
 from minfer.kernels.reference import ReferenceBackend
 from minfer.kernels.triton import TritonBackend
-from minfer.kvcache import LayerCache
 
 REFERENCE = ReferenceBackend()
 TRITON = TritonBackend(DEVICE, torch.float16)
@@ -27,36 +26,6 @@ def test_rms_norm(rows: int, width: int, with_residual: bool, dtype: torch.dtype
     expected, _ = REFERENCE.rms_norm(expected_total.double(), weight.double(), 1e-5, None)
     assert torch.equal(total, expected_total)
     close(out, expected, 2 * torch.finfo(dtype).eps * 4)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("q_heads", "k_heads", "dim"), [(1, 1, 2), (9, 3, 64), (4, 4, 80), (5, 1, 96), (2, 1, 256)])
-def test_rotary(q_heads: int, k_heads: int, dim: int, dtype: torch.dtype) -> None:
-    qkv = randn(4, q_heads + 2 * k_heads, dim, dtype=dtype)  # q and k are slices of one product
-    q, k, v = qkv.split((q_heads, k_heads, k_heads), dim=1)
-    positions = torch.tensor([0, 7, 30, 7], dtype=torch.int32, device=DEVICE)
-    angles = torch.outer(torch.arange(31.0), torch.rand(dim // 2))
-    table = torch.cat((angles.cos(), angles.sin()), -1).to(DEVICE)
-    expected_q, expected_k, untouched = q.double(), k.double(), v.clone()
-    REFERENCE.rotary(expected_q, expected_k, positions, table)
-    TRITON.rotary(q, k, positions, table)
-    close(q, expected_q, 4 * torch.finfo(dtype).eps)
-    close(k, expected_k, 4 * torch.finfo(dtype).eps)
-    assert torch.equal(v, untouched)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "dim", "block_size"), [(1, 2, 1), (3, 64, 16), (8, 80, 4), (5, 256, 32)])
-def test_write_kv(heads: int, dim: int, block_size: int, dtype: torch.dtype) -> None:
-    kv = randn(3, 2 * heads, dim, dtype=dtype)
-    k, v = kv.split(heads, dim=1)
-    shape = (64 // block_size + 1, heads, block_size, dim)
-    slots = torch.tensor([0, 63, 17], device=DEVICE)
-    for cache_dtype in (dtype, torch.float32):
-        got, expected = ([torch.zeros(shape, dtype=cache_dtype, device=DEVICE) for _ in range(2)] for _ in range(2))
-        TRITON.write_kv(k, v, LayerCache(*got), slots)
-        REFERENCE.write_kv(k.to(cache_dtype), v.to(cache_dtype), LayerCache(*expected), slots)
-        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -97,8 +66,3 @@ def test_what_a_kernel_cannot_read_is_named() -> None:
         TRITON.act_mul(x.double(), "silu")
     with pytest.raises(ConfigError, match="knows silu, not 'gelu'"):
         TRITON.act_mul(x, "gelu")
-    cache = LayerCache(torch.zeros(2, 1, 4, 8, device=DEVICE), torch.zeros(2, 1, 4, 8, device=DEVICE))
-    with pytest.raises(ConfigError, match=r"slots must be contiguous torch.int64"):
-        TRITON.write_kv(randn(4, 1, 8), randn(4, 1, 8), cache, torch.zeros(4, dtype=torch.int32, device=DEVICE))
-    with pytest.raises(ConfigError, match=r"cache.k must have shape \[2, 2, 4, 8\]"):
-        TRITON.write_kv(randn(4, 2, 8), randn(4, 2, 8), cache, torch.zeros(4, dtype=torch.int64, device=DEVICE))

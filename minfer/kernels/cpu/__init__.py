@@ -138,6 +138,19 @@ class CpuBackend(Backend):
         strides = (_row_stride(k, "k"), _row_stride(v, "v"))
         self._write_kv(*pointers, rows, heads, dim, cache.block_size, *strides, _code(k), DTYPES[cache.format.dtype])
 
+    def rotary_kv(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor,
+        table: torch.Tensor,
+        cache: LayerCache,
+        slots: torch.Tensor,
+    ) -> None:
+        self.rotary(q, k, positions, table)
+        self.write_kv(k, v, cache, slots)
+
     def attention(
         self,
         q: torch.Tensor,

@@ -8,7 +8,7 @@ import torch
 
 from minfer.kernels.ops import Backend, Experts, StackedWeight, Weight
 from minfer.kernels.reference.attention import attention
-from minfer.kernels.reference.elementwise import act_mul, argmax, qk_norm, rms_norm, rotary, write_kv
+from minfer.kernels.reference.elementwise import act_mul, argmax, qk_norm, rms_norm, rotary, rotary_kv, write_kv
 from minfer.kernels.reference.linear import DenseWeight, DequantizedWeight
 from minfer.kernels.reference.lora import lora
 from minfer.kernels.reference.moe import LoopedExperts
@@ -27,6 +27,7 @@ class ReferenceBackend(Backend):
     qk_norm = staticmethod(qk_norm)
     rotary = staticmethod(rotary)
     write_kv = staticmethod(write_kv)
+    rotary_kv = staticmethod(rotary_kv)
     attention = staticmethod(attention)
     act_mul = staticmethod(act_mul)
     argmax = staticmethod(argmax)

@@ -39,6 +39,19 @@ def write_kv(k: torch.Tensor, v: torch.Tensor, cache: LayerCache, slots: torch.T
             scales[block, :, offset] = scale
 
 
+def rotary_kv(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    table: torch.Tensor,
+    cache: LayerCache,
+    slots: torch.Tensor,
+) -> None:
+    rotary(q, k, positions, table)
+    write_kv(k, v, cache, slots)
+
+
 def act_mul(x: torch.Tensor, kind: str) -> torch.Tensor:
     if kind != "silu":
         raise NotImplementedError(f"act_mul knows silu, not {kind!r}")

@@ -29,11 +29,10 @@ from minfer.kernels.triton.logprobs import logprobs
 from minfer.kernels.triton.lora import lora
 from minfer.kernels.triton.qk_norm import qk_norm
 from minfer.kernels.triton.rms_norm import rms_norm
-from minfer.kernels.triton.rotary import rotary
+from minfer.kernels.triton.rotary_kv import rotary_kv
 from minfer.kernels.triton.sample import sample
 from minfer.kernels.triton.targets import Target
 from minfer.kernels.triton.tuning import Tuning
-from minfer.kernels.triton.write_kv import write_kv
 from minfer.kvcache import LayerCache
 from minfer.quant import PackedWeight
 
@@ -70,8 +69,7 @@ class TritonBackend(Backend):
 
     rms_norm = staticmethod(rms_norm)
     qk_norm = staticmethod(qk_norm)
-    rotary = staticmethod(rotary)
-    write_kv = staticmethod(write_kv)
+    rotary_kv = staticmethod(rotary_kv)
     act_mul = staticmethod(act_mul)
     argmax = staticmethod(argmax)
     lora = staticmethod(lora)

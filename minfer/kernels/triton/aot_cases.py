@@ -29,15 +29,11 @@ def meta(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device=META)
 
 
-def _rotary(backend: TritonBackend) -> None:
-    q, k, _ = meta(64, 48, 128).split((32, 8, 8), dim=1)
-    backend.rotary(q, k, meta(64, dtype=torch.int32), meta(8192, 128, dtype=torch.float32))
-
-
-def _write_kv(dtype: torch.dtype) -> Case:
+def _rotary_kv(dtype: torch.dtype, dim: int = 128) -> Case:
     def call(backend: TritonBackend) -> None:
-        _, k, v = meta(64, 48, 128).split((32, 8, 8), dim=1)
-        backend.write_kv(k, v, _cache(8, 128, dtype), meta(64, dtype=torch.int64))
+        q, k, v = meta(64, 48, dim).split((32, 8, 8), dim=1)
+        positions, table = meta(64, dtype=torch.int32), meta(8192, dim, dtype=torch.float32)
+        backend.rotary_kv(q, k, v, positions, table, _cache(8, dim, dtype), meta(64, dtype=torch.int64))
 
     return call
 
@@ -128,9 +124,8 @@ def _rounded_activation(backend: TritonBackend) -> None:
 
 CASES: dict[str, Case] = {
     "rms_norm": lambda backend: backend.rms_norm(meta(64, 4096), meta(4096), 1e-5, meta(64, 4096)),
-    "rotary": _rotary,
-    "write_kv": _write_kv(DTYPE),
-    **{f"write_kv, {name}": _write_kv(dtype) for name, dtype in QUANTISED_KV.items()},
+    "rotary_kv": _rotary_kv(DTYPE),
+    **{f"rotary_kv, {name}": _rotary_kv(dtype) for name, dtype in QUANTISED_KV.items()},
     "act_mul": lambda backend: backend.act_mul(meta(64, 2 * 14336), "silu"),
     "rms_norm, rounded to int8": _rounded_norm,
     "act_mul, rounded to int8 in 128s": _rounded_activation,

@@ -65,8 +65,8 @@ from minfer.errors import ConfigError
 from minfer.kernels.triton.attention_kernel import ALL_KEYS, OWN_KEYS, SHARED_KEYS, attention_kernel, merge_kernel
 from minfer.kernels.triton.checks import index, power_of_2, row_stride, shaped
 from minfer.kernels.triton.kv_codes import PLAIN, kind_of, number_unit, value_unit
+from minfer.kernels.triton.rotary_kv import check_cache, stored
 from minfer.kernels.triton.rotate import rotate
-from minfer.kernels.triton.write_kv import check_cache, stored
 from minfer.kvcache import LayerCache
 
 _KEYS_PER_SPLIT = 256

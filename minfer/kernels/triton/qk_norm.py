@@ -4,7 +4,7 @@
 
 2 T (Hq + Hk) D values move. Rounding follows `rms_norm`: the normalised head to its type before the weight.
 
-Left out: doing it inside of `rotary`, which reads the same values; models without such norms would pay for its registers.
+Left out: doing it inside of `rotary_kv`, which reads the same values; models without such norms would pay for its registers.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 from minfer.kernels.triton.cost.devices import DEVICES
 
 MODEL, LAYERS, HIDDEN, VOCAB = "llama3.1-8b", 32, 4096, 128256
-SMALL = 5  # launches a layer: two norms, rotary, write_kv, act_mul
+SMALL = 4  # launches a layer: two norms, rotary_kv, act_mul
 WIDTHS = {"int4": 0.53125, "fp8 x fp8": 1.0}  # bytes a weight
 MATRICES = 6144 * 4096 + 4096 * 4096 + 28672 * 4096 + 4096 * 14336  # weights of a layer
 KV_BYTES = 2 * 8 * 128 * 2  # a token and layer
