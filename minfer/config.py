@@ -18,6 +18,7 @@ from minfer.errors import ConfigError, ModelLoadError
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+AttentionBackend = Literal["auto", "flash_attn"]
 KVCacheDType = Literal["auto", "fp32", "bf16", "fp16", "fp8", "fp8_e5m2", "int8", "int4"]
 Device = Literal["auto", "cpu", "cuda"]
 Quant = Literal["auto", "none", "awq", "gptq", "fp8", "int8", "int4", "nf4", "mxfp4", "smoothquant"]
@@ -47,6 +48,11 @@ class EngineConfig:
     dtype: DType = option("auto", "Type of weights and activations; auto takes the checkpoint's, or bfloat16 for a quantised file.")
     device: Device = option("auto", "Where to run; auto takes a CUDA or ROCm device if there is one.")
     backend: str = option("auto", "Kernels to use: auto (fastest that fits), reference (plain torch), or a backend's name.")
+    attention_backend: AttentionBackend = option(
+        "auto",
+        "Whose attention to use: auto takes the backend's own; flash_attn the FlashAttention-2 package, on NVIDIA GPUs, with blocks of 256 "
+        "tokens or more.",
+    )
     quant: Quant = option(
         "auto",
         "auto runs the checkpoint as it is, quantised where a kernel can; none dequantises it; the others quantise an unquantised one "
@@ -127,6 +133,7 @@ class EngineConfig:
             ("load_format", LoadFormat),
             ("dtype", DType),
             ("device", Device),
+            ("attention_backend", AttentionBackend),
             ("kv_cache_dtype", KVCacheDType),
             ("quant", Quant),
             ("activations", Activations),
@@ -147,6 +154,8 @@ class EngineConfig:
             self._fail("shared_prefix", "must be at least 0")
         if self.block_size > 1024 or self.block_size & (self.block_size - 1):
             self._fail("block_size", "must be a power of two up to 1024")
+        if self.attention_backend == "flash_attn":
+            self._check_flash_attn()
         if (self.speculative == "draft") != (self.draft_model is not None):
             self._fail("draft_model", "names the model that --speculative draft asks, so each needs the other: it can't be")
         if self.draft_top_k > 1 and self.draft_model is None:
@@ -199,6 +208,17 @@ class EngineConfig:
     def adapters(self) -> tuple[str, ...]:
         """The names of the LoRA adapters, in the order of their numbers, which count from 1."""
         return tuple(self.lora or ())
+
+    def _check_flash_attn(self) -> None:
+        """What can be said before the model and the device are known; `kernels/flash_attn.py` has the reasons."""
+        if self.block_size % 256:
+            self._fail("block_size", "must be 256, 512 or 1024 for attention_backend flash_attn")
+        if self.dtype == "float32":
+            self._fail("dtype", "must be float16 or bfloat16 for attention_backend flash_attn")
+        if self.kv_cache_dtype not in ("auto", "bf16", "fp16"):
+            self._fail("kv_cache_dtype", "must be auto for attention_backend flash_attn, which reads no quantised cache")
+        if self.draft_top_k > 1:
+            self._fail("draft_top_k", "must be 1 for attention_backend flash_attn, which can't verify drafts that branch")
 
     def _check_lora(self) -> None:
         pairs = dict(self.lora) if isinstance(self.lora, Mapping) else {"": ""}  # a copy: the caller's may change

@@ -50,7 +50,7 @@ def describe(config: EngineConfig) -> dict[str, Any]:
 
     device = pick_device(config)
     dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
-    ops = select_ops(device, dtype, config.backend, config.threads)
+    ops = select_ops(device, dtype, config.backend, config.threads, attention=config.attention_backend)
     cached = weight_cache.entries()
     return {
         "minfer": __version__,

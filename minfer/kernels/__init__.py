@@ -7,7 +7,7 @@ import logging
 
 import torch
 
-from minfer.config import Activations
+from minfer.config import Activations, AttentionBackend
 from minfer.errors import ConfigError
 from minfer.kernels.ops import Backend, Experts, Ops, Rows, Weight
 from minfer.kernels.reference import ReferenceBackend
@@ -19,24 +19,34 @@ BACKENDS = ("auto", "triton", "cpu", "reference")
 
 
 def select_ops(
-    device: torch.device, dtype: torch.dtype, backend: str = "auto", threads: int | None = None, activations: Activations = "auto"
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str = "auto",
+    threads: int | None = None,
+    activations: Activations = "auto",
+    attention: AttentionBackend = "auto",
 ) -> Ops:
     """The table for one engine. `auto` lists every backend that fits the device, fastest first; a name takes that one only.
 
+    `attention` names a library to do that op in the place of the first of them.
     `threads` bounds what a CPU backend uses. torch has one pool for the whole process: it gets that number where torch does the
     work, and one thread where the compiled kernels do it with a pool of their own, or the two would fight for the cores.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    backends: list[Backend] = []
+    if attention == "flash_attn":
+        from minfer.kernels.flash_attn import FlashAttnBackend
+
+        backends.append(FlashAttnBackend(device, dtype))
     if threads is not None:
         torch.set_num_threads(threads)
     if backend == "reference":
-        return Ops([ReferenceBackend()], dtype)
-    backends: list[Backend] = []
+        return Ops([*backends, ReferenceBackend()], dtype)
     if backend == "triton" or (backend == "auto" and device.type == "cuda"):
         triton = _triton(device, dtype, activations, required=backend == "triton")
         if triton is not None:
-            return Ops([triton, *([ReferenceBackend()] if backend == "auto" else [])], dtype)
+            return Ops([*backends, triton, *([ReferenceBackend()] if backend == "auto" else [])], dtype)
     # Imported where used: a machine that serves from a GPU may have no compiled kernels, and need not load them.
     from minfer.kernels.cpu import FLOATS, CpuBackend
     from minfer.kernels.cpu.library import LibraryMissingError

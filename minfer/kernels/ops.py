@@ -2,9 +2,10 @@
 
 A layer calls `ops.attention(...)`; the table was filled once, at load, from an ordered list of backends:
 
-    triton     CUDA and ROCm
-    cpu        compiled C++
-    reference  plain torch, runs anywhere; the ground truth that the others are tested against
+    flash_attn  the library, for attention alone, where it is asked for
+    triton      CUDA and ROCm
+    cpu         compiled C++
+    reference   plain torch, runs anywhere; the ground truth that the others are tested against
 
 For each op the first backend in the list that has it is taken; the choice is logged and `Ops.chosen` shows it. There is no
 fall-back at call time: an argument that the chosen kernel can't handle is an error that says so.
@@ -118,10 +119,15 @@ class Backend(ABC):
 
     name: str
     kv_formats: Sequence[str] = tuple(FORMATS)  # of the KV cache, that its rotary_kv and attention know
+    instead: str = "--backend reference"  # what helps where it can't
 
     @abstractmethod
     def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
         """The matrix repacked, or the reason for declining it. `dtype` is that of the activations."""
+
+    def reason_against_cache(self, head_dim: int, block_size: int) -> str | None:
+        """Why its attention can't read a KV cache of such heads and blocks, if it can't: what it does, and what to do."""
+        return None
 
     def prepare_lora(self, weights: LoraWeights) -> LoraWeights:
         """The adapters of a product in the layout that this backend's `lora` reads."""
@@ -183,15 +189,18 @@ class Ops:
         self.fetch: Callable[..., Arrival] = _optional(backends, "fetch") or fetch
         logger.info("kernels: %s", ", ".join(f"{op}={name}" for op, name in self.chosen.items()))
 
-    def check_kv_format(self, name: str) -> None:
-        """Raises ConfigError if a chosen kernel can't write or read a KV cache of this format."""
+    def check_kv_cache(self, name: str, head_dim: int, block_size: int) -> None:
+        """Raises ConfigError if a chosen kernel can't write or read a KV cache of this format, with such heads and blocks."""
         for op in ("rotary_kv", "attention"):
             backend = next(b for b in self.backends if b.name == self.chosen[op])
             if name not in backend.kv_formats:
                 raise ConfigError(
                     f"the {backend.name} backend's {op} doesn't know kv_cache_dtype {name}; use {', '.join(backend.kv_formats)}, "
-                    "or --backend reference"
+                    f"or {backend.instead}"
                 )
+            reason = backend.reason_against_cache(head_dim, block_size)
+            if reason is not None:
+                raise ConfigError(f"the {backend.name} backend's {op} {reason}")
 
     def prepare(self, weight: torch.Tensor | PackedWeight) -> Weight:
         """Repacks a matrix for the first backend that takes it. Raises ModelLoadError with every reason for declining."""

@@ -94,8 +94,8 @@ def load_model(config: EngineConfig, on_phase: Callable[[str], None] = lambda na
         dtype = pick_dtype(config, checkpoint, device)
         max_len = pick_max_len(config, model_config)
         kv_dtype = pick_kv_dtype(config, dtype)
-        ops = select_ops(device, dtype, config.backend, config.threads, config.activations)
-        ops.check_kv_format(format_of(kv_dtype).name)
+        ops = select_ops(device, dtype, config.backend, config.threads, config.activations, config.attention_backend)
+        ops.check_kv_cache(format_of(kv_dtype).name, model_config.head_dim, config.block_size)
         format_of(kv_dtype).width(model_config.head_dim)  # raises where heads of this size can't be stored so
         checkpoint = quantized_as_asked(checkpoint, config.quant, on_phase)
     with phases("read weights"), torch.inference_mode():
@@ -112,6 +112,8 @@ def load_model(config: EngineConfig, on_phase: Callable[[str], None] = lambda na
             draft = _read_draft(config, config.draft_model, model_config, ops, max_len, device, rounded)
     with phases("size KV cache"):
         drafted = draft.cached if isinstance(draft, DraftHead) else draft.config if draft is not None else None
+        if drafted is not None:
+            ops.check_kv_cache(format_of(kv_dtype).name, drafted.head_dim, config.block_size)
         blocks = num_kv_blocks(config, model_config, max_len, kv_dtype, device, drafted)
         cache = _kv_cache(model_config, blocks, config.block_size, kv_dtype, device)
         drafting: DraftModel | DraftHead | None = None
