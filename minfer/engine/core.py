@@ -26,9 +26,9 @@ from minfer.errors import ConfigError
 from minfer.kvcache import KVCache
 from minfer.models import Model
 from minfer.runner import BatchBuilder, DraftHead, LoadedModel, ModelRunner, Newest, RowSpan
+from minfer.runner.buckets import Buckets, most_rows
 from minfer.runner.decode_graphs import DecodeGraphs
-from minfer.runner.graphs import Graph, can_capture, can_capture_on_gpu, capture_with_adapters
-from minfer.runner.upload import buckets
+from minfer.runner.graphs import Graph, Step, can_capture, can_capture_on_gpu, capture_with_adapters
 from minfer.sampling import Drawn, LogitsProcessor, RowLogprobs, Sampler, SamplerOutput, SamplingRow, prompt_logprobs
 from minfer.scheduler import Request, ScheduledRequest, Scheduler, SchedulerOutput, create_policy
 from minfer.speculative import (
@@ -299,7 +299,7 @@ class EngineCore:
 
 def _drafts_forced(loaded: LoadedModel) -> bool:
     """Whether forced tokens enter a step together. A recorded step on the CPU takes any number of tokens; one that is replayed from a
-    CUDA graph takes one of each request, so there a run would cost everybody in the batch the graph."""
+    CUDA graph takes a few of each request, so there a longer run would cost everybody in the batch the graph."""
     config = loaded.config
     return config.forced_tokens == "on" or (config.forced_tokens == "auto" and not (loaded.device.type == "cuda" and config.graphs))
 
@@ -312,13 +312,11 @@ def _sampler(loaded: LoadedModel, processors: Sequence[LogitsProcessor]) -> Samp
 def _builder(loaded: LoadedModel, adapters: int = 0) -> BatchBuilder:
     """`adapters`: how many the model has that its batches are for."""
     config = loaded.config
-    rows, depth = config.max_num_seqs, 0
-    if config.draft_top_k > 1:  # a draft that branches off is a row of its own
-        rows, depth = min(config.max_num_batched_tokens, rows * (1 + config.num_draft_tokens)), config.num_draft_tokens
-    sizes = (config.max_num_batched_tokens, rows, loaded.max_model_len, config.block_size)
-    padded = buckets(config.max_num_seqs) if _on_gpu(loaded) else ()
+    depth = config.num_draft_tokens if config.draft_top_k > 1 else 0
+    sizes = (config.max_num_batched_tokens, most_rows(config), loaded.max_model_len, config.block_size)
     shared = config.shared_prefix if loaded.ops.chosen["attention"] == "triton" else 0  # others don't look at it
-    return BatchBuilder(*sizes, loaded.device, depth, adapters, padded, shared_prefix=shared)
+    buckets = Buckets.of(config) if _on_gpu(loaded) else None
+    return BatchBuilder(*sizes, loaded.device, depth, adapters, buckets, shared_prefix=shared)
 
 
 def _on_gpu(loaded: LoadedModel) -> bool:
@@ -330,11 +328,17 @@ def _graph(loaded: LoadedModel, model: Model, cache: KVCache, after: Sequence[in
     """The model's step recorded for every batch up to the largest, on a GPU for decode steps; None where the kernels can't be recorded."""
     config = loaded.config
     if _on_gpu(loaded):
-        return DecodeGraphs(lambda batch: model.forward_states(batch, cache, after))
+        return _decode_graphs(loaded)(lambda batch: model.forward_states(batch, cache, after))
     if not config.graphs or not can_capture(loaded.ops):
         return None
     largest = (config.max_num_batched_tokens, config.max_num_seqs)
     return capture_with_adapters(lambda batch: model.forward_states(batch, cache, after), loaded.ops, *largest, adapters)
+
+
+def _decode_graphs(loaded: LoadedModel) -> Callable[[Step], Graph]:
+    """What makes CUDA graphs of a step."""
+    most_tokens = Buckets.of(loaded.config).most_tokens
+    return lambda step: DecodeGraphs(step, most_tokens=most_tokens)
 
 
 def _proposer(loaded: LoadedModel, scheduler: Scheduler, processors: Sequence[LogitsProcessor]) -> Proposer | None:
@@ -357,7 +361,8 @@ def _proposer(loaded: LoadedModel, scheduler: Scheduler, processors: Sequence[Lo
     if isinstance(draft, DraftHead):
         limits = (config.max_num_batched_tokens, config.max_num_seqs, config.draft_top_k)
         record = loaded.ops if config.graphs else None
-        return head_proposer(draft, loaded.model, _builder(loaded), sampler, scheduler.reserve, *limits, record)
+        graphs = _decode_graphs(loaded) if _on_gpu(loaded) else None
+        return head_proposer(draft, loaded.model, _builder(loaded), sampler, scheduler.reserve, *limits, record, graphs)
     graph = _graph(loaded, draft.model, draft.cache)
     runner = ModelRunner(draft.model, draft.cache, _builder(loaded), graph)
     return DraftModelProposer(runner, sampler, scheduler.reserve, config.max_num_batched_tokens)

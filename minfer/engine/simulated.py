@@ -23,9 +23,9 @@ from minfer.layers.loading import load_weights
 from minfer.loader import open_checkpoint, resolve_model
 from minfer.models import create_model
 from minfer.runner import BatchBuilder, LoadedModel
+from minfer.runner.buckets import Buckets
 from minfer.runner.decode_graphs import DecodeGraphs
 from minfer.runner.load import PhaseTimer, pick_max_len
-from minfer.runner.upload import buckets
 from minfer.tokenizer import Tokenizer
 
 _META, _HOST = torch.device("meta"), torch.device("cpu")
@@ -59,7 +59,7 @@ def simulated_engine(config: EngineConfig, gpu: Gpu, element: str, tokenizer: To
     cache = KVCache(model_config, blocks, config.block_size, torch.bfloat16, _META)
     names: dict[str, Any] = {"device": "cpu", "dtype": "bfloat16", "kv_cache_dtype": "bf16", "max_model_len": max_len}
     if config.forced_tokens == "auto" and config.graphs:
-        names["forced_tokens"] = "off"  # as on a GPU, whose graphs take one token of each request
+        names["forced_tokens"] = "off"  # as on a GPU, whose graphs take few tokens of each request
     resolved = dataclasses.replace(config, **names)
     engine = Engine(LoadedModel(resolved, model_config, checkpoint, model, ops, cache, _HOST, PhaseTimer(lambda name: None)), None)
     # The tokenizer may be another model's, and know fewer ids; nobody masks the others' logits here, so it isn't the engine's own.
@@ -67,10 +67,12 @@ def simulated_engine(config: EngineConfig, gpu: Gpu, element: str, tokenizer: To
     engine.inputs = InputProcessor(resolved, dataclasses.replace(model_config, eos_token_ids=ends), tokenizer)
     engine.outputs = OutputProcessor(tokenizer)
     sizes = (config.max_num_batched_tokens, config.max_num_seqs, max_len, config.block_size)
-    graphs = buckets(config.max_num_seqs) if config.graphs else ()
-    engine.core.runner.builder = BatchBuilder(*sizes, _HOST, buckets=graphs, copy=device.copy)
+    buckets = Buckets.of(config)
+    engine.core.runner.builder = BatchBuilder(*sizes, _HOST, buckets=buckets if config.graphs else None, copy=device.copy)
     if config.graphs:
-        engine.core.runner.graph = DecodeGraphs(lambda batch: model.forward_states(batch, cache, ()), device.record)
+        engine.core.runner.graph = DecodeGraphs(
+            lambda batch: model.forward_states(batch, cache, ()), device.record, most_tokens=buckets.most_tokens
+        )
     return engine, device
 
 

@@ -102,10 +102,14 @@ class SimulatedDevice:
         else:
             self._recording.seconds += seconds
 
-    def decode_attention(self, num_bytes: float, bytes_per_token: float, batch: Batch) -> None:
-        """Launches the attention of a step of one token a request, which reads all keys and values once."""
+    def attention(self, num_bytes: float, bytes_per_token: float, operations_per_pair: float, batch: Batch) -> None:
+        """Launches attention, which reads all keys and values once. In a graph, whose lengths only a replay knows, that is all it takes:
+        the few tokens of a request that a graph serves have operations for a fraction of that time.
+        """
         if self._recording is None:
-            self.kernel(num_bytes + bytes_per_token * sum(batch.seq_lens_host))
+            lengths = batch.seq_lens_host
+            pairs = sum(new * (end - (new - 1) / 2) for new, end in zip(batch.query_lens_host, lengths, strict=True))
+            self.kernel(num_bytes + bytes_per_token * sum(lengths), operations_per_pair * pairs)
         else:
             self.kernel(num_bytes)
             self._recording.per_token += bytes_per_token / self.gpu.bandwidth
@@ -281,12 +285,7 @@ class SimulatedBackend(Backend):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         tokens, heads, dim = q.shape
-        row, own = 2.0 * cache.kv_heads * cache.format.row_bytes(dim), 4.0 * q.numel()
-        if tokens == batch.num_requests:
-            self.device.decode_attention(own, row, batch)
-        else:
-            pairs = sum(new * (end - (new - 1) / 2) for new, end in zip(batch.query_lens_host, batch.seq_lens_host, strict=True))
-            self.device.kernel(own + row * sum(batch.seq_lens_host), 4.0 * heads * dim * pairs)
+        self.device.attention(4.0 * q.numel(), 2.0 * cache.kv_heads * cache.format.row_bytes(dim), 4.0 * heads * dim, batch)
         return self._zero[:, :, None].expand(tokens, heads, dim)
 
     def act_mul(self, x: torch.Tensor, kind: str) -> torch.Tensor:

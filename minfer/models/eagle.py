@@ -59,6 +59,11 @@ class EagleHead(nn.Module):
         """The target's states of some tokens, side by side, [T, F * H] -> what the layer takes for them, [T, H]."""
         return states
 
+    @property
+    def input_widths(self) -> tuple[int]:
+        """Of `inputs`."""
+        return (2 * self.config.hidden_size,)
+
     def inputs(self, embeddings: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What the layer reads of the next tokens' embeddings[T, H] and the state[T, H] before them."""
         if self.inputs_normed:

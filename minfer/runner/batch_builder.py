@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from minfer.batch import Batch, LoraRows
+from minfer.runner.buckets import Buckets
 from minfer.runner.lora_rows import LoraBuffers
 from minfer.runner.upload import Copy, Upload, copy_later
 
@@ -119,7 +120,7 @@ class BatchBuilder:
         device: torch.device,
         max_tail: int = 0,
         adapters: int = 0,
-        buckets: Sequence[int] = (),
+        buckets: Buckets | None = None,
         copy: Copy | None = None,
         shared_prefix: int = 0,
     ) -> None:
@@ -132,6 +133,7 @@ class BatchBuilder:
         uploads = device.type != "cpu" or copy is not None
         largest = (self._sets[0].tensors, self._sets[0].lora)
         self._upload = Upload(*largest, max_len, device, adapters, buckets, self.copy) if uploads else None
+        self._few = 1 if buckets is None else buckets.longest  # tokens of a request in steps that graphs serve
         self._numbers = np.arange(max(max_tokens, max_requests) + 1)  # 0 1 2 ..
         self._turn = 0
 
@@ -206,7 +208,7 @@ class BatchBuilder:
     def _lora(self, buffers: LoraBuffers, rows: Sequence[BatchRow], counts: list[int]) -> LoraRows | None:
         """Which tokens go through which adapter; None where nobody asks for one."""
         adapters = [row.adapter for row in rows]
-        return buffers.fill(adapters, counts) if any(adapters) else None
+        return buffers.fill(adapters, counts, self._few) if any(adapters) else None
 
     def _batch(
         self,

@@ -3,7 +3,8 @@
 At decode sizes the Python around an op costs more than the op. A `Graph` removes it below the op table, so model code
 stays as it is and eager mode remains for reading and debugging. On the CPU one recording serves every batch size up to the
 largest, because its kernels decide at run time what depends on the size (`kernels/cpu/recorder.py`). A CUDA graph fixes addresses
-and grids, so it needs static buffers and one capture a batch size, and serves decode steps only (`runner/decode_graphs.py`).
+and grids, so it needs static buffers and a capture for each of some sizes, and serves decode steps only, with drafts and without
+(`runner/decode_graphs.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from minfer.kernels import Ops
 from minfer.kernels.cpu import CpuBackend
 from minfer.kernels.cpu.recorder import StepRecorder
 from minfer.runner.lora_rows import TILE_ROWS, most_tiles
+
+Step = Callable[[Batch], Sequence[torch.Tensor]]  # [T, ...] each
 
 
 class Graph(Protocol):
@@ -51,16 +54,14 @@ def can_capture(ops: Ops) -> bool:
     return all(how == CpuBackend.name or how.startswith("dequantised") for how in ops.chosen.values())
 
 
-def capture_with_adapters(
-    step: Callable[[Batch], Sequence[torch.Tensor]], ops: Ops, max_tokens: int, max_requests: int, adapters: int
-) -> Graph:
+def capture_with_adapters(step: Step, ops: Ops, max_tokens: int, max_requests: int, adapters: int) -> Graph:
     """`capture` for a model with so many LoRA adapters, or none."""
     plain = capture(step, ops, max_tokens, max_requests)
     return LoraGraphs(plain, capture(step, ops, max_tokens, max_requests, adapters)) if adapters else plain
 
 
 @torch.inference_mode()
-def capture(step: Callable[[Batch], Sequence[torch.Tensor]], ops: Ops, max_tokens: int, max_requests: int, adapters: int = 0) -> Graph:
+def capture(step: Step, ops: Ops, max_tokens: int, max_requests: int, adapters: int = 0) -> Graph:
     """Captures `step` for batches up to these sizes, over block tables of any width. Computes nothing, writes no KV.
 
     With `adapters`, rows go through those of the model's LoRA adapters that the batch names.

@@ -2,8 +2,8 @@
 
 On the CPU an EAGLE-3 layer is recorded like a model's step (`runner/graphs.py`): its products take microseconds, and the Python between
 them would take longer. What a recorded step reads besides its batch must lie where it lay before, so what the layer reads is copied to
-buffers of the largest size, of which only the rows in use are ever touched. Left out: EAGLE-1's layer, which ends in an addition that is
-no op, and CUDA graphs.
+buffers of the largest size, of which only the rows in use are ever touched. On a GPU the layer is in CUDA graphs as a model's step is
+(`runner/decode_graphs.py`), over the same buffers. Left out: recording EAGLE-1's layer on the CPU, which ends in an addition that is no op.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from minfer.batch import Batch
 from minfer.kernels import Ops
 from minfer.kvcache import KVCache
 from minfer.models.eagle import Eagle3Head, EagleHead
 from minfer.runner.batch_builder import BatchBuilder, RowSpan
-from minfer.runner.graphs import Graph, can_capture, capture
+from minfer.runner.graphs import Graph, Step, can_capture, capture
 
 
 class HeadRunner:
-    """`embed`: ids[T] -> [T, H]. With `record`, the ops that the head computes with, its layer is recorded where they can be.
+    """`embed`: ids[T] -> [T, H]. With `record`, the ops that the head computes with, its layer is recorded where they can be: by `graphs`,
+    where the device has a way of its own.
 
     `max_tokens`, `max_requests`: the most that `builder` takes in one batch.
     """
@@ -34,15 +36,20 @@ class HeadRunner:
         max_tokens: int,
         max_requests: int,
         record: Ops | None = None,
+        graphs: Callable[[Step], Graph] | None = None,
     ) -> None:
         self.cache = cache
         self._head, self._builder, self._embed = head, builder, embed
         self._inputs: list[torch.Tensor] = []
         self._graph: Graph | None = None
-        if record is not None and isinstance(head, Eagle3Head) and can_capture(record):
-            inputs = [torch.zeros(max_tokens, width, dtype=record.dtype) for width in head.input_widths]
-            self._graph = capture(lambda batch: head(batch, cache, *inputs), record, max_tokens, max_requests)
-            self._inputs = inputs
+        if record is not None and (graphs is not None or (isinstance(head, Eagle3Head) and can_capture(record))):
+            device = cache.layers[0].k.device
+            self._inputs = [torch.zeros(max_tokens, width, dtype=record.dtype, device=device) for width in head.input_widths]
+            self._graph = capture(self._layer, record, max_tokens, max_requests) if graphs is None else graphs(self._layer)
+
+    def _layer(self, batch: Batch) -> Sequence[torch.Tensor]:
+        """The head over what is in the buffers."""
+        return self._head(batch, self.cache, *(buffer[: batch.num_tokens] for buffer in self._inputs))  # type: ignore[no-any-return]
 
     def states(self, states: torch.Tensor) -> torch.Tensor:
         """The target's states of some tokens, side by side, [T, F * H] -> what the head takes for them, [T, H]."""

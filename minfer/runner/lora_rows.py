@@ -14,7 +14,7 @@ import torch
 
 from minfer.batch import LoraRows
 
-TILE_ROWS = 16  # of a step with a token each: the least that a matrix instruction takes
+TILE_ROWS = 16  # of a step with a token or a few drafts each: the least that a matrix instruction takes
 PROMPT_TILE_ROWS = 64
 
 
@@ -36,8 +36,10 @@ class LoraBuffers:
         tiles = torch.zeros(most_tiles(max_rows, adapters), 3, dtype=torch.int32)
         return LoraBuffers(torch.zeros(max_rows, dtype=torch.int32), tiles)
 
-    def fill(self, adapters: Sequence[int], counts: Sequence[int]) -> LoraRows:
-        """`adapters[i]` is that of `counts[i]` rows, one after the other; 0 is none. At least one has one."""
+    def fill(self, adapters: Sequence[int], counts: Sequence[int], few: int = 1) -> LoraRows:
+        """`adapters[i]` is that of `counts[i]` rows, one after the other; 0 is none. At least one has one. More rows of one than `few`
+        are a prompt's.
+        """
         numbers = np.array(adapters).repeat(counts)
         order = np.argsort(numbers, kind="stable")
         numbers = numbers[order]
@@ -45,7 +47,7 @@ class LoraBuffers:
         self.rows.numpy()[: len(order)] = order
         found, firsts, sizes = np.unique(numbers, return_index=True, return_counts=True)
         groups = list(zip(found.tolist(), firsts.tolist(), sizes.tolist(), strict=True))
-        tile_rows = TILE_ROWS if max(counts) == 1 else PROMPT_TILE_ROWS
+        tile_rows = TILE_ROWS if max(counts) <= few else PROMPT_TILE_ROWS
         tiles = [
             (adapter, first + begin, min(tile_rows, size - begin)) for adapter, first, size in groups for begin in range(0, size, tile_rows)
         ]

@@ -12,6 +12,7 @@ from minfer.models import Model
 from minfer.models.eagle import Eagle3Head, EagleHead
 from minfer.models.medusa import MedusaHeads
 from minfer.runner import BatchBuilder, DraftHead, HeadRunner
+from minfer.runner.graphs import Graph, Step
 from minfer.sampling import Sampler
 from minfer.speculative.draft_model import Reserve
 from minfer.speculative.eagle import EagleProposer
@@ -28,9 +29,10 @@ def head_proposer(
     max_requests: int,
     top_k: int,
     record: Ops | None = None,
+    graphs: Callable[[Step], Graph] | None = None,
 ) -> EagleProposer | MedusaProposer | ReDrafterProposer:
     """`max_tokens`, `max_requests`: the most that `builder` takes in one batch. `top_k`: how many tokens are tried at one place. `record`:
-    the op table, where passes of a head may be recorded.
+    the op table, where passes of a head may be recorded, and `graphs` the device's own way of doing that.
     """
     module, ids, widen = head.module, head.token_ids, widening(head.token_ids, sampler.vocab_size)
     if isinstance(module, MedusaHeads):
@@ -44,7 +46,7 @@ def head_proposer(
         return target.compute_logits(x) if output is None else output(x)
 
     embed = getattr(module, "embed_tokens", target.model.embed_tokens)
-    runner = HeadRunner(module, head.cache, builder, embed, max_tokens, max_requests, record)
+    runner = HeadRunner(module, head.cache, builder, embed, max_tokens, max_requests, record, graphs)
     return EagleProposer(runner, logits, widen, ids, sampler, reserve, max_tokens, top_k, head.after)
 
 

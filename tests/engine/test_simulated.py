@@ -62,9 +62,10 @@ def test_with_overlap_the_device_does_not_see_what_the_host_does_between_steps(o
     assert max(idle[2:]) < 1e-3 if overlap == "on" else min(idle[2:]) >= 0.015
 
 
-def test_a_step_with_drafts_is_launched_kernel_by_kernel(clock: Clock) -> None:
-    """Two requests with three drafts each: eight rows through every kernel, and no graph."""
-    drafts = {"speculative": "ngram", "ngram_min_match": 1, "num_draft_tokens": 3, "adaptive_drafts": False}
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_step_with_drafts_is_one_launch_with_graphs_and_many_without(graphs: bool, clock: Clock) -> None:
+    """Two requests with three drafts each: up to eight rows through every kernel."""
+    drafts = {"speculative": "ngram", "ngram_min_match": 1, "num_draft_tokens": 3, "adaptive_drafts": False, "graphs": graphs}
     config = EngineConfig(model="smollm2-135m", max_num_seqs=2, max_model_len=512, **drafts)  # type: ignore[arg-type]
     engine, device = simulated_engine(config, dataclasses.replace(gpu_of(1e14), launch=1e-3), "bf16")
     for name in "ab":
@@ -72,12 +73,16 @@ def test_a_step_with_drafts_is_launched_kernel_by_kernel(clock: Clock) -> None:
     speculation = engine.core.speculation
     assert speculation is not None
     engine.step()  # the prompts
-    while speculation.stats.num_drafts < 20:
+    while speculation.stats.num_drafts < 6:
         device.reset()
         drafted = speculation.stats.num_draft_tokens
         engine.step()
-        _, _, launching = device.reset()
-        assert (launching > 0.2) == (speculation.stats.num_draft_tokens > drafted), "30 layers of more than seven kernels each"
+        busy, _, launching = device.reset()
+        assert busy * 1e14 > 2 * 134_500_000, "all weights are read"
+        if graphs:
+            assert launching < 0.01, "the head and the drawing of tokens stand behind the graph"
+        elif speculation.stats.num_draft_tokens > drafted:
+            assert launching > 0.2, "30 layers of more than seven kernels each"
 
 
 def test_what_cannot_be_simulated_is_refused() -> None:

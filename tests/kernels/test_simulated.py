@@ -74,8 +74,8 @@ def test_a_graph_takes_the_sum_of_its_kernels_at_the_lengths_of_its_replay(clock
 
     def run() -> list[torch.Tensor]:
         device.kernel(2e6)
-        device.decode_attention(0.0, 1e5, batch)
-        device.decode_attention(0.0, 1e5, batch)
+        device.attention(0.0, 1e5, 0.0, batch)
+        device.attention(0.0, 1e5, 0.0, batch)
         return [batch.positions]
 
     replay = device.record(run)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pytest
 import torch
 from kernels.devices import DEVICE
 
 from minfer.batch import Batch
 from minfer.runner import BatchBuilder, RowSpan
-from minfer.runner.upload import buckets, copy_later
+from minfer.runner.buckets import Buckets
+from minfer.runner.upload import copy_later
 
 SIZES = (64, 8, 128, 16)  # tokens and requests of a batch, tokens of a sequence and of a block
 FIELDS = ("token_ids", "positions", "slots", "query_start", "seq_lens", "block_tables", "logits_at")
@@ -28,7 +28,7 @@ def rows_of(lengths: list[int]) -> list[Row]:
 
 
 def uploading() -> BatchBuilder:
-    return BatchBuilder(*SIZES, DEVICE, 2, buckets=buckets(8), copy=copy_later)
+    return BatchBuilder(*SIZES, DEVICE, 2, buckets=Buckets(8), copy=copy_later)
 
 
 def same(uploaded: Batch, built: Batch) -> None:
@@ -90,7 +90,7 @@ def test_a_padded_step_lies_where_the_one_before_lay_and_nothing_of_it_is_left()
 
 def test_rows_with_adapters_are_another_step_to_a_graph() -> None:
     """Adapters come and go between steps of one bucket; the tiles that a step has over say adapter 0."""
-    ours = BatchBuilder(*SIZES, DEVICE, adapters=3, buckets=buckets(8), copy=copy_later)
+    ours = BatchBuilder(*SIZES, DEVICE, adapters=3, buckets=Buckets(8), copy=copy_later)
     plain = BatchBuilder(*SIZES, torch.device("cpu"), adapters=3)
     padded: list[Batch] = []
     for adapters in ([1, 3, 1], [0, 0, 0], [2, 0, 2], [1, 2, 3, 1]):
@@ -111,6 +111,35 @@ def test_rows_with_adapters_are_another_step_to_a_graph() -> None:
     assert padded[0] is padded[2] is padded[3] and padded[1] is not padded[0] and padded[1].lora is None
 
 
-@pytest.mark.parametrize(("largest", "expected"), [(1, [1]), (6, [1, 2, 4, 6]), (20, [1, 2, 4, 8, 16, 20])])
-def test_buckets(largest: int, expected: list[int]) -> None:
-    assert buckets(largest) == expected
+def test_a_padded_step_with_drafts_has_its_rows_together_and_belongs_to_nobody_behind_them() -> None:
+    """First a step that fills the bucket, whose leftovers would show."""
+    builder = BatchBuilder(*SIZES, DEVICE, 2, buckets=Buckets(8, 4), copy=copy_later)
+
+    def step(counts: list[int]) -> Batch:
+        rows = rows_of([30 + n for n in range(len(counts))])
+        batch = builder.build([RowSpan(row, 20, count, count) for row, count in zip(rows, counts, strict=True)])
+        assert batch.padded is not None
+        return batch.padded
+
+    first = step([4, 2, 1, 1])
+    addresses = {name: getattr(first, name).data_ptr() for name in FIELDS}
+    padded = step([1, 3, 1])
+    assert padded is first and {name: getattr(padded, name).data_ptr() for name in FIELDS} == addresses
+    assert padded.query_start.tolist() == [0, 1, 4, 5, 5]
+    assert padded.seq_lens.tolist() == [21, 23, 21, 0]
+    assert padded.positions.tolist() == [20, 20, 21, 22, 20, 0, 0, 0]
+    assert padded.slots.tolist() == [20, 180, 181, 182, 340, -1, -1, -1]
+    assert padded.query_lens_host == [4] * 4 and padded.seq_lens_host == [128] * 4
+
+
+def test_rows_of_drafts_with_adapters_fit_the_tiles_of_their_graph() -> None:
+    """Twenty rows of one adapter: two tiles of the sixteen rows that a graph's kernels take, not one of a prompt's."""
+    builder = BatchBuilder(*SIZES, DEVICE, adapters=3, buckets=Buckets(8, 4), copy=copy_later)
+    rows = rows_of([30] * 6)
+    for row, adapter in zip(rows, (2, 2, 2, 2, 2, 1), strict=True):
+        row.adapter = adapter
+    batch = builder.build([RowSpan(row, 20, 4, 4) for row in rows])
+    assert batch.padded is not None and batch.padded.lora is not None
+    tiles = batch.padded.lora.tiles.tolist()
+    assert tiles == [[1, 0, 4], [2, 4, 16], [2, 20, 4]] + [[0, 0, 0]] * (len(tiles) - 3)
+    assert batch.padded.lora.tile_rows == 16
