@@ -39,11 +39,12 @@ def test_what_the_budgets_promise() -> None:
             plain = any(word in label for word in ("bf16", "reduce", "quantize_rows", "512 rows"))  # no products, or sums of them
             plain = plain or (target.startswith("hip") and label.endswith("1 row"))
             dot = (label.startswith("attention") and not second) or "gemm" in label or (label.startswith("linear") and not plain)
-            dot = dot or label.startswith("lora")
+            dot = dot or label.startswith("lora") or "grouped" in label
             assert bool(report["matrix"]) == dot, (label, target)
-            if target.startswith("cuda") and label not in ("attention, 64 sequences, smollm2, merge",):
+            if target.startswith("cuda") and label != "attention, 64 sequences, smollm2, merge" and not label.endswith("route"):
                 assert "16" in report["loads"], (label, target)
-            if target.startswith("cuda") and label.startswith("linear, int4"):
+            looped = label.startswith("linear, int4") or (label.startswith("moe, int4") and label.endswith("grouped_codes"))
+            if target.startswith("cuda") and looped:  # the second product's loop, over 768 inputs, is unrolled
                 assert report["permutes"] * 20 <= report["loop"], (label, target)  # a zero point for both halves, once a group
                 assert report["loop"] > 100 or "reduce" in label or "512 rows" in label, "its loop was not found"
 

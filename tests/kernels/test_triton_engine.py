@@ -92,6 +92,19 @@ def test_with_adapters(tiny_llama: Path, tmp_path: Path) -> None:
     assert tokens(tiny_llama, "triton", asked, lora=adapters) == expected
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_with_experts(family: str, make_checkpoint: Callable[..., Path]) -> None:
+    """Steps of many tokens, whose pairs are sorted, and of three, whose aren't; a shared expert and heads that are normalised."""
+    qwen = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    more = {
+        "mixtral": {"num_local_experts": 4},
+        "qwen2_moe": {**qwen, "shared_expert_intermediate_size": 32},
+        "qwen3_moe": {**qwen, "head_dim": 32, "norm_topk_prob": True},
+    }
+    folder = make_checkpoint(family, **more[family])
+    assert tokens(folder, "triton", max_prefill_chunk=9) == tokens(folder, "reference")
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="about machines without a GPU")
 def test_on_a_cpu_only_the_interpreter_runs_them() -> None:
     with pytest.raises(ConfigError, match="computes bfloat16 products wrongly"):

@@ -16,7 +16,7 @@ import triton.knobs
 from minfer.batch import Batch
 from minfer.config import Activations
 from minfer.errors import ConfigError
-from minfer.kernels.ops import Backend, StackedWeight, Weight
+from minfer.kernels.ops import Backend, Experts, StackedWeight, Weight
 from minfer.kernels.triton.act_mul import act_mul
 from minfer.kernels.triton.argmax import argmax
 from minfer.kernels.triton.attention import attention
@@ -27,6 +27,7 @@ from minfer.kernels.triton.linear_dense import TritonDenseWeight
 from minfer.kernels.triton.linear_w8a8 import TritonRoundedWeight
 from minfer.kernels.triton.logprobs import logprobs
 from minfer.kernels.triton.lora import lora
+from minfer.kernels.triton.moe import TritonExperts
 from minfer.kernels.triton.qk_norm import qk_norm
 from minfer.kernels.triton.rms_norm import rms_norm
 from minfer.kernels.triton.rotary_kv import rotary_kv
@@ -110,3 +111,6 @@ class TritonBackend(Backend):
     def stack(self, parts: Sequence[Weight]) -> Weight:
         dense = [part.tensor for part in parts if isinstance(part, TritonDenseWeight)]
         return TritonDenseWeight(torch.cat(dense)) if len(dense) == len(parts) else StackedWeight(parts)
+
+    def experts(self, gate_up: Sequence[Weight], down: Sequence[Weight]) -> Experts | str:
+        return TritonExperts.of(gate_up, down, self.tuning)

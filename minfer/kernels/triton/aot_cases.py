@@ -12,7 +12,7 @@ import torch
 
 from minfer.batch import Batch, LoraRows
 from minfer.kernels.lora import LoraWeights
-from minfer.kernels.ops import Weight
+from minfer.kernels.ops import Experts, Weight
 from minfer.kernels.triton import TritonBackend
 from minfer.kvcache import LayerCache
 from minfer.quant import PackedWeight, QuantScheme
@@ -36,6 +36,11 @@ def _rotary_kv(dtype: torch.dtype, dim: int = 128) -> Case:
         backend.rotary_kv(q, k, v, positions, table, _cache(8, dim, dtype), meta(64, dtype=torch.int64))
 
     return call
+
+
+def _qk_norm(backend: TritonBackend) -> None:
+    q, k, _ = meta(64, 40, 128).split((32, 4, 4), dim=1)
+    backend.qk_norm(q, k, meta(128), meta(128), 1e-6)
 
 
 QUANTISED_KV = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
@@ -87,9 +92,28 @@ def _lora(rank: int, tile_rows: int, tiles: int) -> Case:
     return call
 
 
-def _packed(element: Element, group: int, activation: Literal["none", "int8", "fp8"] = "none") -> PackedWeight:
+def _moe(element: Element | None, tokens: int, activation: Literal["none", "fp8"] = "none") -> Case:
+    """Qwen3-30B-A3B's: 8 of 128 experts of width 768 behind 2048; and as if it had a shared one. element None: bfloat16."""
+
+    def call(backend: TritonBackend) -> None:
+        sides: list[list[Weight]] = []
+        for n, k in ((1536, 2048), (2048, 768)):
+            weight = backend.prepare(meta(n, k) if element is None else _packed(element, 128, activation, n, k), DTYPE)
+            if not isinstance(weight, Weight):
+                raise ValueError(weight)
+            sides.append([weight] * 128)
+        experts = backend.experts(*sides)
+        if not isinstance(experts, Experts):
+            raise ValueError(experts)
+        experts.moe(meta(tokens, 2048), meta(tokens, 128), 8, True, "silu", (meta(tokens, 2048), meta(tokens, 1)))
+
+    return call
+
+
+def _packed(
+    element: Element, group: int, activation: Literal["none", "int8", "fp8"] = "none", n: int = 6144, k: int = 4096
+) -> PackedWeight:
     """int4 with zero points, as AWQ has them; the others without."""
-    n, k = 6144, 4096
     scales = meta(n, k // group, dtype=torch.float32)
     mins = scales if element == "int4" else None
     levels = torch.linspace(-1, 1, 16) if element in LISTED else None
@@ -124,6 +148,7 @@ def _rounded_activation(backend: TritonBackend) -> None:
 
 CASES: dict[str, Case] = {
     "rms_norm": lambda backend: backend.rms_norm(meta(64, 4096), meta(4096), 1e-5, meta(64, 4096)),
+    "qk_norm": _qk_norm,
     "rotary_kv": _rotary_kv(DTYPE),
     **{f"rotary_kv, {name}": _rotary_kv(dtype) for name, dtype in QUANTISED_KV.items()},
     "act_mul": lambda backend: backend.act_mul(meta(64, 2 * 14336), "silu"),
@@ -153,4 +178,9 @@ CASES: dict[str, Case] = {
     "linear, bf16, 1 row": _linear(meta(6144, 4096), 1),
     "linear, bf16, 4 rows": _linear(meta(6144, 4096), 4),
     **_products(),
+    "moe, bf16, 64 tokens": _moe(None, 64),
+    "moe, int4, 1 token": _moe("int4", 1),
+    "moe, int4, 64 tokens": _moe("int4", 64),
+    "moe, int4, 1024 tokens": _moe("int4", 1024),
+    "moe, fp8 x fp8, 64 tokens": _moe("fp8_e4m3", 64, "fp8"),
 }

@@ -10,7 +10,8 @@ _INTRO = """\
 # GPU kernels, as compiled
 
 Made by `python -m minfer.kernels.triton.aot --update` from `minfer/kernels/triton/budgets.json`; `make test` compiles everything
-again and fails where the result differs. Triton {version}; bfloat16, shapes of llama3.1-8b unless the kernel's name says otherwise.
+again and fails where the result differs. Triton {version}; bfloat16, shapes of llama3.1-8b unless the kernel's name says otherwise;
+mixtures of experts (moe) are of Qwen3-30B-A3B's shape.
 It shows what the compilers made of the kernels, **not how fast they are**: nothing here ran on a GPU.
 
 - *registers* a thread; on AMD vector registers, accumulation registers included. No kernel spills any.

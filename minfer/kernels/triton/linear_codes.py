@@ -39,6 +39,7 @@ lacks it. Where it is native, rows would have to be rounded to mxfp8 first: wort
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -207,6 +208,19 @@ class TritonCodesWeight(Weight):
         meta = {**self._constants, "EXCESS": self._number_excess, "TILE": tile, "num_warps": 1}
         dequantize_kernel[grid](self.codes, self.scales, self.mins, self.zeros, self.table, out, n, **meta)
         return out
+
+    @property
+    def tile_meta(self) -> dict[str, Any]:
+        """The constants of `codes_tile`, but for its sizes."""
+        return {**self._constants, **self._lift, "SHARED": self._shared, "SCALED": False}
+
+    def with_minima(self) -> TritonCodesWeight:
+        """The same matrix without `zeros`: what they say stands in `mins`."""
+        if self.zeros is None:
+            return self
+        twin = copy.copy(self)
+        twin.mins, twin.zeros = (self.zeros.float() + placed_excess(self.dtype)) * self.scales.float(), None
+        return twin
 
     @property
     def _chunks(self) -> int:

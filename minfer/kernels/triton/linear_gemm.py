@@ -34,29 +34,26 @@ from minfer.kernels.triton.codes import code_numbers, code_tile, scaled, widened
 
 
 @triton.jit
-def gemm_codes_kernel(
-    x_ptr, codes_ptr, scales_ptr, mins_ptr, zeros_ptr, table_ptr, bias_ptr, out_ptr, rows, n, x_stride,
-    K: tl.constexpr, CHUNKS: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr,
+def codes_tile(
+    x_row, words_row, real, scales_ptr, mins_ptr, zeros_ptr, table_ptr, n, begin, end,
+    K: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr,
     EXCESS: tl.constexpr, LIFTED: tl.constexpr, LIFT: tl.constexpr, KIND: tl.constexpr, PARTS: tl.constexpr, PTX: tl.constexpr,
-    HAS_MINS: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_MINS: tl.constexpr, HAS_ZEROS: tl.constexpr, SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """LIFTED: numbers come right, after a LIFT or the group's zero point was added; if not, EXCESS is by how much they are too high."""
-    row_block, column_block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row, column = row_block * BLOCK_M + tl.arange(0, BLOCK_M), column_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_row = x_ptr + tl.minimum(row, rows - 1).to(tl.int64)[None, :] * x_stride
-    real = tl.minimum(column, n - 1)
-    words_row = codes_ptr + real.to(tl.int64)[:, None] * (CHUNKS * RUN)
+    """The outputs `real` [BLOCK_N] of the rows at x_row [1, BLOCK_M], over the chunks from `begin` to `end`: [BLOCK_N, BLOCK_M] float32.
+
+    words_row [BLOCK_N, 1]: where the words of those outputs begin. LIFTED: numbers come right, after a LIFT or the group's zero point was
+    added; if not, EXCESS is by how much they are too high.
+    """
     k = tl.arange(0, RUN)[:, None]
-    dtype = x_ptr.dtype.element_ty
+    dtype = x_row.dtype.element_ty
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     lift = tl.full([BLOCK_N, 1], LIFT, dtype)
     SUMS: tl.constexpr = HAS_MINS or EXCESS != 0  # of x over a group: they carry what is the same for every weight of it
     # Added up in the layout of x it takes shuffles and barriers in the loop; with few rows the matrix units have time to multiply by ones.
     SUMS_BY_DOT: tl.constexpr = BLOCK_M == 16
     ones = tl.full([BLOCK_N, RUN], 1.0, dtype)
-    share: tl.constexpr = (CHUNKS + SPLITS - 1) // SPLITS
-    for chunk in range(split * share, tl.minimum(split * share + share, CHUNKS)):
+    for chunk in range(begin, end):
         words = tl.load(words_row + chunk * RUN + tl.arange(0, RUN)[None, :])  # [BLOCK_N, RUN]
         for first in tl.static_range(0, PARTS, SHARED):  # parts that share a scale
             group = tl.minimum((chunk * (RUN * PARTS) + first * RUN) // GROUP, GROUPS - 1)
@@ -94,6 +91,28 @@ def gemm_codes_kernel(
                 acc += total * more
     if GROUPS == 1 and not SUMS:
         acc *= tl.load(scales_ptr + real).to(tl.float32)[:, None]
+    return acc
+
+
+@triton.jit
+def gemm_codes_kernel(
+    x_ptr, codes_ptr, scales_ptr, mins_ptr, zeros_ptr, table_ptr, bias_ptr, out_ptr, rows, n, x_stride,
+    K: tl.constexpr, CHUNKS: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr,
+    EXCESS: tl.constexpr, LIFTED: tl.constexpr, LIFT: tl.constexpr, KIND: tl.constexpr, PARTS: tl.constexpr, PTX: tl.constexpr,
+    HAS_MINS: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What the constants mean, `codes_tile` says."""
+    row_block, column_block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, column = row_block * BLOCK_M + tl.arange(0, BLOCK_M), column_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_row = x_ptr + tl.minimum(row, rows - 1).to(tl.int64)[None, :] * x_stride
+    real = tl.minimum(column, n - 1)
+    words_row = codes_ptr + real.to(tl.int64)[:, None] * (CHUNKS * RUN)
+    share: tl.constexpr = (CHUNKS + SPLITS - 1) // SPLITS
+    acc = codes_tile(
+        x_row, words_row, real, scales_ptr, mins_ptr, zeros_ptr, table_ptr, n, split * share, tl.minimum(split * share + share, CHUNKS),
+        K, RUN, GROUPS, GROUP, SHARED, EXCESS, LIFTED, LIFT, KIND, PARTS, PTX, HAS_MINS, HAS_ZEROS, SCALED, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
     inside = (row < rows)[None, :] & (column < n)[:, None]
     if SPLITS > 1:
         tl.store(out_ptr + (split * rows + row).to(tl.int64)[None, :] * n + column[:, None], acc, mask=inside)

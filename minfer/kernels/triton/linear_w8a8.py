@@ -72,24 +72,21 @@ def quantize_rows_kernel(
 
 
 @triton.jit
-def gemm_w8a8_kernel(
-    x_ptr, x_scales_ptr, codes_ptr, scales_ptr, bias_ptr, out_ptr, rows, n,
-    K: tl.constexpr, GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def w8a8_tile(
+    x_at, x_scales_ptr, row, w_at, scales_ptr, real, n, begin, end,
+    K: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    row_block, column_block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row, column = row_block * BLOCK_M + tl.arange(0, BLOCK_M), column_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    real_row, real = tl.minimum(row, rows - 1), tl.minimum(column, n - 1)
+    """The outputs `real` [BLOCK_N] of the rows `row` [BLOCK_M], over steps of BLOCK_K from `begin` to `end`: [BLOCK_N, BLOCK_M] float32.
+
+    w_at [BLOCK_N, 1], x_at [1, BLOCK_M]: where the codes of each begin.
+    """
     k = tl.arange(0, BLOCK_K)
-    w_at = codes_ptr + real.to(tl.int64)[:, None] * K + k[None, :]
-    x_at = x_ptr + real_row.to(tl.int64)[None, :] * K + k[:, None]
-    integer: tl.constexpr = x_ptr.dtype.element_ty == tl.int8
+    w_at, x_at = w_at + k[None, :], x_at + k[:, None]
+    integer: tl.constexpr = x_at.dtype.element_ty == tl.int8
     exact: tl.constexpr = tl.int32 if integer else tl.float32
     sums = tl.zeros([BLOCK_N, BLOCK_M], exact)  # whole rows: added up before any scale
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    share: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
-    for step in range(split * share, tl.minimum(split * share + share, STEPS)):
+    for step in range(begin, end):
         at = step * BLOCK_K
         if K % BLOCK_K:
             w = tl.load(w_at + at, mask=(at + k < K)[None, :], other=0.0)
@@ -100,10 +97,30 @@ def gemm_w8a8_kernel(
             sums = tl.dot(w, x, sums, max_num_imprecise_acc=128, out_dtype=exact)
         else:
             product = tl.dot(w, x, out_dtype=exact).to(tl.float32)
-            x_scale, scale = tl.load(x_scales_ptr + real_row * GROUPS + step), tl.load(scales_ptr + step * n + real)
+            x_scale, scale = tl.load(x_scales_ptr + row * GROUPS + step), tl.load(scales_ptr + step * n + real)
             acc += product * x_scale[None, :] * scale[:, None]
     if GROUPS == 1:
-        acc = sums.to(tl.float32) * tl.load(x_scales_ptr + real_row)[None, :] * tl.load(scales_ptr + real)[:, None]
+        acc = sums.to(tl.float32) * tl.load(x_scales_ptr + row * GROUPS)[None, :] * tl.load(scales_ptr + real)[:, None]
+    return acc
+
+
+@triton.jit
+def gemm_w8a8_kernel(
+    x_ptr, x_scales_ptr, codes_ptr, scales_ptr, bias_ptr, out_ptr, rows, n,
+    K: tl.constexpr, GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    row_block, column_block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, column = row_block * BLOCK_M + tl.arange(0, BLOCK_M), column_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    real_row, real = tl.minimum(row, rows - 1), tl.minimum(column, n - 1)
+    w_at = codes_ptr + real.to(tl.int64)[:, None] * K
+    x_at = x_ptr + real_row.to(tl.int64)[None, :] * K
+    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    share: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
+    acc = w8a8_tile(
+        x_at, x_scales_ptr, real_row, w_at, scales_ptr, real, n, split * share, tl.minimum(split * share + share, STEPS),
+        K, GROUPS, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     inside = (row < rows)[None, :] & (column < n)[:, None]
     if SPLITS > 1:
         tl.store(out_ptr + (split * rows + row).to(tl.int64)[None, :] * n + column[:, None], acc, mask=inside)
