@@ -14,7 +14,7 @@ Matrices are handed to `prepare` once, which asks the same list, in order, to re
 first backend that takes the matrix also multiplies by it. A quantised matrix that no backend has a kernel for is dequantised
 here, once and for good, and the log says so: that costs memory, where multiplying by it as it is would cost every step.
 
-Ops return new tensors, except `qk_norm`, `rotary_kv` and `lora`, which work in place. They take tensors whose last axes are
+Ops return new tensors, except `rotary_kv` and `lora`, which work in place. They take tensors whose last axes are
 contiguous and whose first stride is free, so q, k and v may be slices of one product. Models compute through ops and
 nothing else: that is what makes a step recordable below them (ARCHITECTURE, seam 3).
 """
@@ -40,7 +40,7 @@ logger = logging.getLogger("minfer.kernels")
 
 _Logprobs = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
-OP_NAMES = ("rms_norm", "qk_norm", "rotary_kv", "attention", "act_mul", "argmax", "lora")
+OP_NAMES = ("rms_norm", "rotary_kv", "attention", "act_mul", "argmax", "lora")
 
 
 class Weight(ABC):
@@ -96,6 +96,7 @@ class RoundedRows:
 
 
 Rows = torch.Tensor | RoundedRows
+HeadNorms = tuple[torch.Tensor, torch.Tensor, float]  # weights [D] of q's heads and of k's, and epsilon (Qwen3)
 
 
 class RoundingWeight(Weight):
@@ -273,10 +274,6 @@ class Ops:
             return reader.rms_norm(x, weight, eps, residual)
         return self._rms_norm(x, weight, eps, residual)  # type: ignore[attr-defined, no-any-return]
 
-    def qk_norm(self, q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float) -> None:
-        """Normalises each head of q[T, Hq, D] and k[T, Hk, D] in place: head / rms(head) * weight[D]."""
-        self._qk_norm(q, k, q_weight, k_weight, eps)  # type: ignore[attr-defined]
-
     def rotary_kv(
         self,
         q: torch.Tensor,
@@ -286,11 +283,14 @@ class Ops:
         table: torch.Tensor,
         cache: LayerCache,
         slots: torch.Tensor,
+        norms: HeadNorms | None = None,
     ) -> None:
         """Rotates q[T, Hq, D] in place, half-split pairs (i, i + D/2), and stores k[T, Hk, D], rotated too, and v[T, Hk, D] into the
         slots[T] of one layer's cache. table[P, D] float32: cos | sin. k may be left rotated or as it was: nobody reads it again.
+
+        norms: each head of q and k is normalised before it is rotated, head / rms(head) * weight[D].
         """
-        self._rotary_kv(q, k, v, positions, table, cache, slots)  # type: ignore[attr-defined]
+        self._rotary_kv(q, k, v, positions, table, cache, slots, norms)  # type: ignore[attr-defined]
 
     def attention(
         self,

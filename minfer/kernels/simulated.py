@@ -28,7 +28,7 @@ from minfer.batch import Batch, LoraRows
 from minfer.errors import ConfigError
 from minfer.kernels.fetch import Arrival
 from minfer.kernels.lora import LoraWeights
-from minfer.kernels.ops import Backend, Experts, Weight
+from minfer.kernels.ops import Backend, Experts, HeadNorms, Weight
 from minfer.kvcache import LayerCache
 from minfer.quant import PackedWeight
 
@@ -259,9 +259,6 @@ class SimulatedBackend(Backend):
     def experts(self, gate_up: Sequence[Weight], down: Sequence[Weight]) -> Experts | str:
         return SimulatedExperts(self.device, gate_up, down, self._zero)
 
-    def qk_norm(self, q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float) -> None:
-        self.device.kernel(2.0 * 2 * (q.numel() + k.numel()))
-
     def rotary_kv(
         self,
         q: torch.Tensor,
@@ -271,6 +268,7 @@ class SimulatedBackend(Backend):
         table: torch.Tensor,
         cache: LayerCache,
         slots: torch.Tensor,
+        norms: HeadNorms | None = None,
     ) -> None:
         self.device.kernel(2.0 * 2 * (q.numel() + k.numel() + v.numel()))
 

@@ -43,8 +43,9 @@ class Attention(nn.Module):
         tokens = x.shape[0]
         qkv = self.qkv_proj(x, batch.lora).view(tokens, self.heads + 2 * self.kv_heads, self.dim)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)  # [T, Hq | Hk | Hk, D], views
+        norms = None
         if self.q_norm is not None and self.k_norm is not None:
-            self.ops.qk_norm(q, k, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
-        self.ops.rotary_kv(q, k, v, batch.positions, self.rope, cache, batch.slots)
+            norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        self.ops.rotary_kv(q, k, v, batch.positions, self.rope, cache, batch.slots, norms)
         out = self.ops.attention(q, cache, batch, self.scale, self.window)  # [T, Hq, D]
         return self.o_proj(out.view(tokens, self.heads * self.dim), batch.lora)  # type: ignore[no-any-return]

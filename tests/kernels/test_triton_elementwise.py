@@ -66,16 +66,3 @@ def test_what_a_kernel_cannot_read_is_named() -> None:
         TRITON.act_mul(x.double(), "silu")
     with pytest.raises(ConfigError, match="knows silu, not 'gelu'"):
         TRITON.act_mul(x, "gelu")
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 32), (3, 1, 80), (32, 4, 128)])
-def test_qk_norm(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
-    qkv = randn(5, heads + 2 * kv_heads, dim, dtype=dtype)
-    q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
-    weights, before = (randn(dim, dtype=dtype, seed=1), randn(dim, dtype=dtype, seed=2)), qkv.clone().double().cpu()
-    TritonBackend(DEVICE, dtype).qk_norm(q, k, *weights, 1e-6)
-    normed = before * torch.rsqrt(before.pow(2).mean(-1, keepdim=True) + 1e-6)
-    close(q, normed[:, :heads] * weights[0].double().cpu())
-    close(k, normed[:, heads : heads + kv_heads] * weights[1].double().cpu())
-    assert torch.equal(v.double().cpu(), before[:, heads + kv_heads :])

@@ -84,6 +84,11 @@ def test_with_windows_biases_and_a_tied_head(make_checkpoint: Callable[..., Path
     assert tokens(folder, "triton") == tokens(folder, "reference")
 
 
+def test_with_heads_that_are_normalised(make_checkpoint: Callable[..., Path]) -> None:
+    folder = make_checkpoint("qwen3", head_dim=24)
+    assert tokens(folder, "triton") == tokens(folder, "reference")
+
+
 def test_with_adapters(tiny_llama: Path, tmp_path: Path) -> None:
     adapters = {name: str(write_adapter(tiny_llama, tmp_path / name, seed, r=rank)) for name, seed, rank in (("a", 0, 4), ("b", 1, 24))}
     asked = ["a", None, "b"]

@@ -1,12 +1,14 @@
-"""q rotated, k rotated and stored, v stored, in one launch: q against float64, what is stored to the last bit."""
+"""q rotated, k rotated and stored, v stored, in one launch: q against float64, what is stored to the last bit; norms against float64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from kernels.devices import DEVICE, DTYPES, close, on_device, randn
+from kernels.kv_oracle import rows_of
 
 from minfer.errors import ConfigError
+from minfer.kernels.ops import HeadNorms
 from minfer.kernels.reference import ReferenceBackend
 from minfer.kernels.triton import TritonBackend
 from minfer.kvcache import FORMATS, LayerCache
@@ -16,7 +18,7 @@ UNWRITTEN = 0xC3
 POSITIONS = 31
 SLOTS = (63, -1, 0, 17)  # one row is padding; the others are out of order, at the ends of blocks and in the middle
 
-SHAPES = [(1, 1, 2, 1), (9, 3, 64, 16), (4, 4, 80, 4), (5, 1, 96, 16), (16, 2, 128, 32), (2, 1, 256, 64)]
+SHAPES = [(1, 1, 2, 1), (9, 3, 64, 16), (4, 4, 80, 4), (5, 1, 96, 16), (16, 2, 128, 32), (9, 9, 256, 64)]
 STORED = [name for name in FORMATS if name != "bf16" or torch.bfloat16 in DTYPES]
 CASES = [*((shape, form) for shape in SHAPES for form in ("fp16", "int8")), *((SHAPES[1], form) for form in STORED)]
 CASES += [(SHAPES[2], "fp8"), (SHAPES[3], "fp8_e5m2"), (SHAPES[4], "int4")]
@@ -69,6 +71,32 @@ def test_rotary_kv(shape: tuple[int, int, int, int], form: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("q_heads", "heads", "dim"), [(17, 3, 128), (4, 1, 80), (1, 1, 2)])
+def test_heads_are_normalised_before_they_turn(q_heads: int, heads: int, dim: int, dtype: torch.dtype) -> None:
+    q, k, v = (10 * randn(len(SLOTS), q_heads + 2 * heads, dim, dtype=dtype)).split((q_heads, heads, heads), dim=1)
+    k[2, 0] = 0.0  # nothing but epsilon to divide by
+    positions, slots = torch.tensor([30, 5, 7, 1], dtype=torch.int32, device=DEVICE), torch.tensor(SLOTS, device=DEVICE)
+    weights = randn(dim, dtype=dtype, seed=4), randn(dim, dtype=dtype, seed=5)
+    wide, real = [x.double().cpu() for x in (q, k, v)], slots.cpu() >= 0
+    expected = LayerCache(*(torch.zeros(4, heads, 16, dim, dtype=torch.float64) for _ in range(2)))
+    wide_weights = (weights[0].double().cpu(), weights[1].double().cpu(), 1e-3)
+    rows = [x[real] for x in wide]
+    REFERENCE.rotary_kv(*rows, positions.cpu()[real], table_of(dim).double(), expected, slots.cpu()[real], wide_weights)
+    for form in (FORMATS["fp32" if dtype == torch.float32 else "fp16"], FORMATS["int8"]):
+        turned, got = q.clone(), on_device(filled(heads, dim, 16, form.dtype))
+        TRITON.rotary_kv(turned, k, v, positions, table_of(dim).to(DEVICE), got, slots, (*weights, 1e-3))
+        close(turned[real.to(DEVICE)], rows[0], 16 * torch.finfo(dtype).eps)
+        at = slots.cpu()[real]
+        if got.k_scale is None:
+            stored, step = got.k.cpu().double(), torch.zeros(())
+        else:
+            stored = torch.from_numpy(rows_of(got.k.cpu(), got.k_scale.cpu()))
+            step = got.k_scale.cpu().double()[at // 16, :, at % 16, None]
+        wrong = (stored - expected.k)[at // 16, :, at % 16].abs()
+        assert (wrong <= 0.51 * step + 16 * torch.finfo(dtype).eps * expected.k.abs().max()).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_stored_turns_by_its_position(dtype: torch.dtype) -> None:
     """Against complex numbers in float64: a pair is a number, and its angle grows by that of its position."""
     dim, angles = 64, torch.linspace(0.01, 1.5, 32, dtype=torch.float64)
@@ -102,11 +130,11 @@ def test_no_rows_launch_nothing() -> None:
 
 
 def test_what_it_cannot_read_is_named() -> None:
-    def call(cache: LayerCache, **changed: torch.Tensor) -> None:
+    def call(cache: LayerCache, norms: HeadNorms | None = None, **changed: torch.Tensor) -> None:
         heads = {name: randn(4, cache.kv_heads, 8) for name in "qkv"}
         indices = {name: torch.zeros(4, dtype=dtype, device=DEVICE) for name, dtype in (("positions", torch.int32), ("slots", torch.int64))}
         arguments = heads | indices | {"table": torch.zeros(1, 8, device=DEVICE)} | changed
-        TRITON.rotary_kv(*(arguments[name] for name in ("q", "k", "v", "positions", "table")), cache, arguments["slots"])
+        TRITON.rotary_kv(*(arguments[name] for name in ("q", "k", "v", "positions", "table")), cache, arguments["slots"], norms)
 
     cache = on_device(filled(1, 8, 4, torch.float32))
     call(cache)
@@ -124,5 +152,7 @@ def test_what_it_cannot_read_is_named() -> None:
         call(cache, k=randn(4, 1, 8, dtype=torch.float16))
     with pytest.raises(ConfigError, match=r"q must be contiguous but for its first axis"):
         call(cache, q=randn(4, 8, 2).transpose(1, 2))
+    with pytest.raises(ConfigError, match=r"k's weight must have shape \[8\]"):
+        call(cache, norms=(randn(8), randn(7), 1e-5))
     with pytest.raises(ConfigError, match=r"cache.k must have shape \[16, 2, 4, 8\]"):
         call(LayerCache(cache.k, cache.v), q=randn(4, 2, 8), k=randn(4, 2, 8), v=randn(4, 2, 8))

@@ -18,7 +18,7 @@ from minfer.kernels.cpu.experts import CpuExperts
 from minfer.kernels.cpu.runtime import DTYPES, Runtime
 from minfer.kernels.cpu.weights import Activation, CpuStackedWeight, LinearKernels
 from minfer.kernels.lora import LoraWeights
-from minfer.kernels.ops import Backend, Experts, Weight
+from minfer.kernels.ops import Backend, Experts, HeadNorms, Weight
 from minfer.kvcache import LayerCache
 from minfer.quant import PackedWeight
 
@@ -147,7 +147,10 @@ class CpuBackend(Backend):
         table: torch.Tensor,
         cache: LayerCache,
         slots: torch.Tensor,
+        norms: HeadNorms | None = None,
     ) -> None:
+        if norms is not None:
+            self.qk_norm(q, k, *norms)
         self.rotary(q, k, positions, table)
         self.write_kv(k, v, cache, slots)
 

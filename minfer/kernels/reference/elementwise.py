@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from minfer.kernels.ops import HeadNorms
 from minfer.kernels.reference.kv_quant import quantize
 from minfer.kvcache import LayerCache
 
@@ -47,7 +48,10 @@ def rotary_kv(
     table: torch.Tensor,
     cache: LayerCache,
     slots: torch.Tensor,
+    norms: HeadNorms | None = None,
 ) -> None:
+    if norms is not None:
+        qk_norm(q, k, *norms)
     rotary(q, k, positions, table)
     write_kv(k, v, cache, slots)
 

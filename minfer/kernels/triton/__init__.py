@@ -28,7 +28,6 @@ from minfer.kernels.triton.linear_w8a8 import TritonRoundedWeight
 from minfer.kernels.triton.logprobs import logprobs
 from minfer.kernels.triton.lora import lora
 from minfer.kernels.triton.moe import TritonExperts
-from minfer.kernels.triton.qk_norm import qk_norm
 from minfer.kernels.triton.rms_norm import rms_norm
 from minfer.kernels.triton.rotary_kv import rotary_kv
 from minfer.kernels.triton.sample import sample
@@ -69,7 +68,6 @@ class TritonBackend(Backend):
         self.tuning = tuning or Tuning.of(self.target.architecture)
 
     rms_norm = staticmethod(rms_norm)
-    qk_norm = staticmethod(qk_norm)
     rotary_kv = staticmethod(rotary_kv)
     act_mul = staticmethod(act_mul)
     argmax = staticmethod(argmax)

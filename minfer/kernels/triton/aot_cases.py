@@ -29,18 +29,14 @@ def meta(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device=META)
 
 
-def _rotary_kv(dtype: torch.dtype, dim: int = 128) -> Case:
+def _rotary_kv(dtype: torch.dtype, normed: bool = False) -> Case:
     def call(backend: TritonBackend) -> None:
-        q, k, v = meta(64, 48, dim).split((32, 8, 8), dim=1)
-        positions, table = meta(64, dtype=torch.int32), meta(8192, dim, dtype=torch.float32)
-        backend.rotary_kv(q, k, v, positions, table, _cache(8, dim, dtype), meta(64, dtype=torch.int64))
+        q, k, v = meta(64, 48, 128).split((32, 8, 8), dim=1)
+        positions, table = meta(64, dtype=torch.int32), meta(8192, 128, dtype=torch.float32)
+        norms = (meta(128), meta(128), 1e-6) if normed else None
+        backend.rotary_kv(q, k, v, positions, table, _cache(8, 128, dtype), meta(64, dtype=torch.int64), norms)
 
     return call
-
-
-def _qk_norm(backend: TritonBackend) -> None:
-    q, k, _ = meta(64, 40, 128).split((32, 4, 4), dim=1)
-    backend.qk_norm(q, k, meta(128), meta(128), 1e-6)
 
 
 QUANTISED_KV = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
@@ -148,8 +144,9 @@ def _rounded_activation(backend: TritonBackend) -> None:
 
 CASES: dict[str, Case] = {
     "rms_norm": lambda backend: backend.rms_norm(meta(64, 4096), meta(4096), 1e-5, meta(64, 4096)),
-    "qk_norm": _qk_norm,
     "rotary_kv": _rotary_kv(DTYPE),
+    "rotary_kv, heads normalised": _rotary_kv(DTYPE, normed=True),
+    "rotary_kv, heads normalised, fp8": _rotary_kv(torch.float8_e4m3fn, normed=True),
     **{f"rotary_kv, {name}": _rotary_kv(dtype) for name, dtype in QUANTISED_KV.items()},
     "act_mul": lambda backend: backend.act_mul(meta(64, 2 * 14336), "silu"),
     "rms_norm, rounded to int8": _rounded_norm,
