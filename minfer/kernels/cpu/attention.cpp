@@ -31,7 +31,8 @@ struct AttentionArgs {
   double softcap;  // 0: none
 };
 
-constexpr int64_t kFewRows = 8;           // up to here keys fill the lanes, above it query rows do
+constexpr int64_t kFewRows = 32;          // up to here keys fill the lanes, above it query rows do
+constexpr int64_t kTogether = 8;          // of few rows, those that one micro-kernel call computes
 constexpr int64_t kPanel = 2 * kLanes;    // query rows that one micro-kernel call computes
 constexpr int64_t kPanels = 4;            // panels that share one pass over the context
 
@@ -291,7 +292,7 @@ struct Attention {
   // Tiles [first, first + count) of a request for all its query rows; out: [rows, tiles] partials.
   void few_rows(const Head& head, int64_t first, int64_t count, int64_t tiles, float* out, FewRows& w) const {
     const int64_t rows = head.rows();
-    for (int64_t row = 0; row < kFewRows; ++row) query_words(head, smaller(row, rows - 1), w.s, w.q + row * words);
+    for (int64_t row = 0; row < round_up(rows, kTogether); ++row) query_words(head, smaller(row, rows - 1), w.s, w.q + row * words);
     for (int64_t t = first; t < first + count; ++t) {
       read_keys(head, t * kTile, w.tile);
       Ahead values = ahead(head, a.v_cache, a.v_scale, t * kTile);
@@ -299,12 +300,14 @@ struct Attention {
         values.rows(kLanes);
         transpose(w.tile.keys + j, words, w.k + j, kTile);
       }
-      switch (rows) {
-        case 1: tile_of_rows<1>(w); break;
-        case 2: tile_of_rows<2>(w); break;
-        case 3: tile_of_rows<3>(w); break;
-        case 4: tile_of_rows<4>(w); break;
-        default: tile_of_rows<8>(w);
+      for (int64_t row = 0; row < rows; row += kTogether) {
+        switch (rows - row) {
+          case 1: tile_of_rows<1>(w, row); break;
+          case 2: tile_of_rows<2>(w, row); break;
+          case 3: tile_of_rows<3>(w, row); break;
+          case 4: tile_of_rows<4>(w, row); break;
+          default: tile_of_rows<kTogether>(w, row);
+        }
       }
       for (int64_t row = 0; row < rows; ++row) softmax_row(head, row, w, out + (row * tiles + t) * partial_floats());
       read_values(w.tile, ahead(head, a.k_cache, a.k_scale, (t + 1 < first + count ? t + 1 : tiles) * kTile));
@@ -313,11 +316,12 @@ struct Attention {
   }
 
   template <int I>
-  void tile_of_rows(FewRows& w) const {
+  void tile_of_rows(FewRows& w, int64_t row) const {
     constexpr int N = I <= 4 ? 4 : 2;
     const char* q[I];
-    for (int i = 0; i < I; ++i) q[i] = reinterpret_cast<const char*>(w.q + i * words);
-    for (int64_t j = 0; j < w.tile.count; j += N * kLanes) multiply<Words, I, N>(q, 1, w.k + j, kTile, words, w.s + j, kTile);
+    for (int i = 0; i < I; ++i) q[i] = reinterpret_cast<const char*>(w.q + (row + i) * words);
+    float* s = w.s + row * kTile;
+    for (int64_t j = 0; j < w.tile.count; j += N * kLanes) multiply<Words, I, N>(q, 1, w.k + j, kTile, words, s + j, kTile);
   }
 
   // s -> p in place of one row, and m and l of its partial.
