@@ -360,9 +360,9 @@ def _proposer(loaded: LoadedModel, scheduler: Scheduler, processors: Sequence[Lo
         _check_branching(loaded, draft)
     if isinstance(draft, DraftHead):
         limits = (config.max_num_batched_tokens, config.max_num_seqs, config.draft_top_k)
-        record = loaded.ops if config.graphs else None
         graphs = _decode_graphs(loaded) if _on_gpu(loaded) else None
-        return head_proposer(draft, loaded.model, _builder(loaded), sampler, scheduler.reserve, *limits, record, graphs)
+        builder, reserve = _builder(loaded), scheduler.reserve
+        return head_proposer(draft, loaded.model, builder, sampler, reserve, *limits, loaded.ops, graphs, record=config.graphs)
     graph = _graph(loaded, draft.model, draft.cache)
     runner = ModelRunner(draft.model, draft.cache, _builder(loaded), graph)
     return DraftModelProposer(runner, sampler, scheduler.reserve, config.max_num_batched_tokens)

@@ -184,6 +184,9 @@ class Ops:
         # logprobs: (logits [R, V] float32, tokens [R] int64, k) -> [R, 1 + k] float32, of the token and the k best, and [R, 1 + k] int64,
         # how many logits rank before the token's and the ids of the best.
         self.logprobs: _Logprobs | None = _optional(backends, "logprobs")
+        # likeliest: logits [S, V] float32 -> the lowest best ids [S] int64 and their probabilities [S] float32; -1 and NaN where a row has
+        # no distribution.
+        self.likeliest: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = _optional(backends, "likeliest")
         # forbid: (logits [S, V] float32, bits [R, W] int32, rows [R] int64 or None: all) sets what has no bit to -inf.
         self.forbid: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None] | None = _optional(backends, "forbid")
         # Brings tensors to the host, see `fetch.py`; a backend that only plays a device has its own.

@@ -29,6 +29,7 @@ from minfer.runner.upload import Copy, Upload, copy_later
 _Ints = NDArray[np.int64]
 FEW = 8
 WIDTH = 16
+SHAPES = 16  # of batches, whose views are kept: with drafts they take turns
 
 
 class BatchRow(Protocol):
@@ -81,7 +82,7 @@ class _Buffers:
         self.arrays = {name: tensor.numpy() for name, tensor in self.tensors.items()}
         self.tables: list[list[int]] = [[] for _ in range(max_requests)]  # whose blocks each row of block_tables holds
         self.filled = [0] * max_requests  # and how many of them
-        self._views: tuple[tuple[int, ...], dict[str, torch.Tensor]] = ((), {})
+        self._views: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}
 
     def write_table(self, row: int, table: list[int]) -> None:
         begin = self.filled[row] if table is self.tables[row] else 0
@@ -89,18 +90,22 @@ class _Buffers:
         self.tables[row], self.filled[row] = table, len(table)
 
     def views(self, tokens: int, requests: int, blocks: int, logits: int, shared: int) -> dict[str, torch.Tensor]:
-        """The beginnings of the tensors that hold so much; the same objects while a batch keeps its shape."""
+        """The beginnings of the tensors that hold so much; the same objects for the last few shapes of a batch."""
         self.arrays["shared"][0] = shared
         sizes = (tokens, requests, blocks, logits, min(shared, 1))
-        if self._views[0] != sizes:
-            lengths = {"token_ids": tokens, "positions": tokens, "slots": tokens, "seq_lens": requests, "logits_at": logits}
-            views = {name: self.tensors[name][:length] for name, length in lengths.items()}
-            views["query_start"] = self.tensors["query_start"][: requests + 1]
-            views["block_tables"] = self.tensors["block_tables"][:requests, :blocks]
-            if shared:
-                views["shared"] = self.tensors["shared"]
-            self._views = sizes, views
-        return self._views[1]
+        known = self._views.get(sizes)
+        if known is not None:
+            return known
+        lengths = {"token_ids": tokens, "positions": tokens, "slots": tokens, "seq_lens": requests, "logits_at": logits}
+        views = {name: self.tensors[name][:length] for name, length in lengths.items()}
+        views["query_start"] = self.tensors["query_start"][: requests + 1]
+        views["block_tables"] = self.tensors["block_tables"][:requests, :blocks]
+        if shared:
+            views["shared"] = self.tensors["shared"]
+        if len(self._views) == SHAPES:
+            del self._views[next(iter(self._views))]
+        self._views[sizes] = views
+        return views
 
 
 class BatchBuilder:
@@ -158,8 +163,8 @@ class BatchBuilder:
             if len(tokens) < total:
                 tokens.append(0)
         query_lens, seq_lens = [span.count for span in spans], [span.start + span.count for span in spans]
-        if total == len(spans) <= FEW and all(span.logits for span in spans):
-            num_logits = self._fill_few(host, tokens, [span.row for span in spans], [span.start for span in spans])
+        if total <= 2 * FEW:
+            num_logits = self._fill_few(host, tokens, [(span.row, span.start, span.count, span.logits) for span in spans])
         else:
             starts, counts, logits = (np.array(values) for values in zip(*((s.start, s.count, s.logits) for s in spans), strict=True))
             num_logits = self._fill(host, tokens, starts, counts, logits)
@@ -187,7 +192,7 @@ class BatchBuilder:
         if known:
             tokens = [row.token_ids[start] if start < len(row.token_ids) else 0 for row, start in zip(rows, starts, strict=True)]
         if count <= FEW:
-            self._fill_few(host, tokens, rows, starts)
+            self._fill_few(host, tokens, [(row, start, 1, 1) for row, start in zip(rows, starts, strict=True)])
         else:
             self._fill_one_each(host, tokens if known else None, np.array(starts))
         shared = self._shared(host, starts) if self.shared_prefix else 0
@@ -225,15 +230,20 @@ class BatchBuilder:
             return self._upload.send(views, query_lens, seq_lens, lora, shared, one_each=one_each)
         return Batch(**views, query_lens_host=query_lens, seq_lens_host=seq_lens, shared_host=shared, lora=lora, padded=None)
 
-    def _fill_few(self, host: _Buffers, tokens: list[int], rows: Sequence[BatchRow], starts: list[int]) -> int:
-        """`_fill_one_each` for a few: less work than operations on arrays are, however short."""
+    def _fill_few(self, host: _Buffers, tokens: list[int], spans: Sequence[tuple[BatchRow, int, int, int]]) -> int:
+        """`_fill` of spans (row, start, count, logits) of a few tokens together: less work than operations on arrays are, however short."""
         into, size = host.arrays, self.block_size
-        for r, (token, row, start) in enumerate(zip(tokens, rows, starts, strict=True)):
-            into["token_ids"][r], into["positions"][r], into["seq_lens"][r] = token, start, start + 1
-            into["slots"][r] = row.blocks[start // size] * size + start % size
-            into["query_start"][r + 1] = r + 1
-            into["logits_at"][r] = r
-        return len(rows)
+        at = wanted = 0
+        for r, (row, start, count, logits) in enumerate(spans, 1):
+            for position in range(start, start + count):
+                into["token_ids"][at], into["positions"][at] = tokens[at], position
+                into["slots"][at] = row.blocks[position // size] * size + position % size
+                at += 1
+            into["query_start"][r], into["seq_lens"][r - 1] = at, start + count
+            for index in range(at - logits, at):
+                into["logits_at"][wanted] = index
+                wanted += 1
+        return wanted
 
     def _fill_one_each(self, host: _Buffers, tokens: list[int] | None, starts: _Ints) -> None:
         """`_fill` where each row has one token, and its logits are wanted."""

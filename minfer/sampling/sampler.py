@@ -69,18 +69,22 @@ class _Asked:
     plain: bool  # all want the best token
     edits: bool  # some have biases, bans or penalties
     scored: list[int]  # those that want log-probabilities
-    wishes: Tensor | None  # [S, 5] float64 for the op table's `sample`, without random numbers; None where one wants what it hasn't
+    wishes: Tensor | None  # [S, 5] float64 for the op table's `sample`, without random numbers; None where one wants what it hasn't, or
+    # all want the best token: drafts make such rows anew each step
 
     @staticmethod
     def by(rows: _Rows, vocab_size: int) -> _Asked:
         params = [row.params for row in rows]
-        wishes = [(0.0, 0.0 if p.greedy else p.temperature, _top_k(p, vocab_size), p.top_p, p.min_p) for p in params]
+        plain, wishes = all(p.plain for p in params), None
+        if not plain and all(p.typical_p >= 1 for p in params):
+            wanted = [(0.0, 0.0 if p.greedy else p.temperature, _top_k(p, vocab_size), p.top_p, p.min_p) for p in params]
+            wishes = torch.tensor(wanted, dtype=torch.float64)
         return _Asked(
             rows,
-            plain=all(p.plain for p in params),
+            plain=plain,
             edits=any(p.edits for p in params),
             scored=[index for index, p in enumerate(params) if p.logprobs is not None],
-            wishes=torch.tensor(wishes, dtype=torch.float64) if all(p.typical_p >= 1 for p in params) else None,
+            wishes=wishes,
         )
 
 

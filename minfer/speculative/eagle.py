@@ -36,6 +36,7 @@ from minfer.speculative.verify import DraftRow
 LONGEST_WAIT = 64  # pairs of a request that wait for its next draft; a pass over so many costs little more than one over a few
 
 Logits = Callable[[torch.Tensor], torch.Tensor]  # [S, H] -> [S, Vd] float32 over the head's ids
+Likeliest = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # [S, Vd] -> best [S] and its probability [S], NaN for none
 Widen = Callable[[torch.Tensor], torch.Tensor]  # [S, Vd] -> [S, V] over the target's
 
 
@@ -79,6 +80,7 @@ class EagleProposer:
         self,
         runner: HeadRunner,
         logits: Logits,
+        likeliest: Likeliest,
         widen: Widen,
         token_ids: torch.Tensor | None,
         sampler: Sampler,
@@ -89,7 +91,9 @@ class EagleProposer:
     ) -> None:
         self.after = after
         self._runner = runner
-        self._logits, self._widen, self._token_ids = logits, widen, token_ids
+        self._logits, self._likeliest, self._widen = logits, likeliest, widen
+        self._token_ids = token_ids
+        self._ids = None if token_ids is None else token_ids.tolist()
         self._sampler, self._reserve, self._max_tokens, self._top_k = sampler, reserve, max_tokens, top_k
         self._waiting: dict[Request, _Waiting] = {}
 
@@ -157,14 +161,12 @@ class EagleProposer:
 
     def _take_the_best(self, logits: torch.Tensor, sketches: Sequence[Sketch]) -> None:
         """What the sampler would draw, without laying the logits out over all ids; a processor of the caller's is left to the check."""
-        best, at = logits.max(-1)
-        chances = (best - logits.logsumexp(-1)).exp_().tolist()
-        tokens = (at if self._token_ids is None else self._token_ids[at]).tolist()
-        for sketch, token, chance in zip(sketches, tokens, chances, strict=True):
+        best, chances = self._likeliest(logits)
+        for sketch, at, chance in zip(sketches, best.tolist(), chances.tolist(), strict=True):
             if math.isnan(chance):
                 sketch.close()
             else:
-                sketch.add([(token, chance)])
+                sketch.add([(at if self._ids is None else self._ids[at], chance)])
 
     @torch.inference_mode()
     def _bring_in(self, requests: Sequence[Request]) -> None:

@@ -28,11 +28,13 @@ def head_proposer(
     max_tokens: int,
     max_requests: int,
     top_k: int,
-    record: Ops | None = None,
+    ops: Ops,
     graphs: Callable[[Step], Graph] | None = None,
+    *,
+    record: bool,
 ) -> EagleProposer | MedusaProposer | ReDrafterProposer:
     """`max_tokens`, `max_requests`: the most that `builder` takes in one batch. `top_k`: how many tokens are tried at one place. `record`:
-    the op table, where passes of a head may be recorded, and `graphs` the device's own way of doing that.
+    whether passes of a head are recorded where its `ops` can be; `graphs`: the device's own way of doing that.
     """
     module, ids, widen = head.module, head.token_ids, widening(head.token_ids, sampler.vocab_size)
     if isinstance(module, MedusaHeads):
@@ -46,8 +48,15 @@ def head_proposer(
         return target.compute_logits(x) if output is None else output(x)
 
     embed = getattr(module, "embed_tokens", target.model.embed_tokens)
-    runner = HeadRunner(module, head.cache, builder, embed, max_tokens, max_requests, record, graphs)
-    return EagleProposer(runner, logits, widen, ids, sampler, reserve, max_tokens, top_k, head.after)
+    runner = HeadRunner(module, head.cache, builder, embed, max_tokens, max_requests, ops if record else None, graphs)
+    best = ops.likeliest or likeliest
+    return EagleProposer(runner, logits, best, widen, ids, sampler, reserve, max_tokens, top_k, head.after)
+
+
+def likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Ops.likeliest` where no backend has it."""
+    best, tokens = logits.max(-1)
+    return tokens, (best - logits.logsumexp(-1)).exp_()
 
 
 def widening(token_ids: torch.Tensor | None, vocab_size: int) -> Callable[[torch.Tensor], torch.Tensor]:

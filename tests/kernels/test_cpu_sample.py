@@ -68,3 +68,18 @@ def test_frequencies_are_the_distribution(cpu: CpuBackend) -> None:
 def test_wrong_types_are_an_error(cpu: CpuBackend) -> None:
     with pytest.raises(ConfigError, match="float64 wishes"):
         cpu.sample(torch.zeros(1, 8), torch.zeros(1, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("width", [1, 63, 64, 200, 4096])
+def test_the_likeliest_token_and_its_probability(cpu: CpuBackend, width: int) -> None:
+    logits = logits_of(6, width, 2.0, width)
+    logits[4], logits[5, width // 2] = -torch.inf, torch.nan
+    tokens, chances = cpu.likeliest(logits)
+    exact = logits[:4].double().softmax(-1)
+    assert tokens.tolist() == [*exact.argmax(-1).tolist(), -1, -1]
+    torch.testing.assert_close(chances[:4].double(), exact.amax(-1), rtol=1e-5, atol=0)
+    assert chances[4:].isnan().all()
+    strided = torch.zeros(6, width + 7)[:, :width].copy_(logits)
+    assert cpu.likeliest(strided)[0].tolist() == tokens.tolist()
+    with pytest.raises(ConfigError, match="float32"):
+        cpu.likeliest(logits.double())

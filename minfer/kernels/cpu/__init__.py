@@ -72,6 +72,7 @@ class CpuBackend(Backend):
             "int y_stride, int dtype",
         )
         self._sample = runtime.op("sample", "ptr logits, ptr wishes, ptr out, int rows, int width, int x_stride")
+        self._likeliest = runtime.op("likeliest", "ptr logits, ptr tokens, ptr chances, int rows, int width, int x_stride")
 
     def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
         return self.linear_kernels.prepare(weight, dtype)
@@ -218,6 +219,14 @@ class CpuBackend(Backend):
         out = self.runtime.empty((rows,), torch.int64)
         self._sample(*map(self.runtime.ptr, (logits, wishes, out)), rows, width, _row_stride(logits, "logits"))
         return out
+
+    def likeliest(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, width = logits.shape
+        if logits.dtype != torch.float32:
+            raise ConfigError(f"likeliest takes float32 logits, not {logits.dtype}")
+        tokens, chances = self.runtime.empty((rows,), torch.int64), self.runtime.empty((rows,), torch.float32)
+        self._likeliest(*map(self.runtime.ptr, (logits, tokens, chances)), rows, width, _row_stride(logits, "logits"))
+        return tokens, chances
 
 
 def _code(tensor: torch.Tensor) -> int:

@@ -9,6 +9,8 @@
 //
 // A row is one thread's work from end to end, so its token doesn't depend on the rows beside it. Weights are float32, their
 // sums float64. Left out: typical-p, which the sampler does in torch.
+//
+// `likeliest` is the first of these three with the probability of what it takes, which is what a drafting head wants to know.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -28,6 +30,13 @@ struct SampleArgs {
   int64_t rows, width, x_stride;
 };
 
+struct LikeliestArgs {
+  const float* logits;  // [rows, width], rows x_stride elements apart
+  int64_t* tokens;      // [rows]; -1 where a row has no distribution
+  float* chances;       // [rows]; NaN there
+  int64_t rows, width, x_stride;
+};
+
 constexpr int64_t kBlock = 64;
 constexpr float kLeast = -std::numeric_limits<float>::infinity();
 constexpr float kNear = 1.2f;  // top-p's cut is searched to within this factor: the few candidates too many are sorted away
@@ -43,8 +52,8 @@ struct Rising {
 struct Row {
   const float* x;
   int64_t width, blocks;
-  double uniform, temperature, top_p, min_p;
-  int64_t top_k;
+  double uniform = 0, temperature = 0, top_p = 1, min_p = 0;
+  int64_t top_k = 0;
   float best = kLeast, inverse = 0;
   // scratch
   float* maxima;     // [blocks]
@@ -55,16 +64,17 @@ struct Row {
 
   static int64_t scratch_bytes(int64_t blocks) { return blocks * (2 * 4 + 8 + kBlock * (4 + 8)); }
 
-  Row(const SampleArgs& a, int64_t row, void* scratch)
-      : x(a.logits + row * a.x_stride), width(a.width), blocks((a.width + kBlock - 1) / kBlock) {
-    const double* wish = a.wishes + row * 5;
-    uniform = wish[0], temperature = wish[1], top_p = wish[3], min_p = wish[4];
-    top_k = wish[2] < static_cast<double>(width) ? static_cast<int64_t>(wish[2]) : 0;
+  Row(const float* x, int64_t width, void* scratch) : x(x), width(width), blocks((width + kBlock - 1) / kBlock) {
     ranked = static_cast<uint64_t*>(scratch);
     sums = reinterpret_cast<double*>(ranked + blocks * kBlock);
     weights = reinterpret_cast<float*>(sums + blocks);
     maxima = weights + blocks * kBlock;
     copy = maxima + blocks;
+  }
+
+  void ask(const double* wish) {
+    uniform = wish[0], temperature = wish[1], top_p = wish[3], min_p = wish[4];
+    top_k = wish[2] < static_cast<double>(width) ? static_cast<int64_t>(wish[2]) : 0;
   }
 
   int64_t entries(int64_t block) const { return std::min(kBlock, width - block * kBlock); }
@@ -242,15 +252,32 @@ struct Row {
   }
 };
 
+int64_t scratch_bytes(int64_t width) { return Row::scratch_bytes((width + kBlock - 1) / kBlock); }
+
 void sample(const SampleArgs& a, Pool& pool) {
-  const int64_t bytes = Row::scratch_bytes((a.width + kBlock - 1) / kBlock);
-  pool.parallel_for(a.rows, [&](int64_t row, int worker) { a.out[row] = Row(a, row, pool.scratch(worker, bytes)).token(); });
+  const int64_t bytes = scratch_bytes(a.width);
+  pool.parallel_for(a.rows, [&](int64_t index, int worker) {
+    Row row(a.logits + index * a.x_stride, a.width, pool.scratch(worker, bytes));
+    row.ask(a.wishes + index * 5);
+    a.out[index] = row.token();
+  });
+}
+
+void likeliest(const LikeliestArgs& a, Pool& pool) {
+  const int64_t bytes = scratch_bytes(a.width);
+  pool.parallel_for(a.rows, [&](int64_t index, int worker) {
+    Row row(a.logits + index * a.x_stride, a.width, pool.scratch(worker, bytes));
+    const bool found = row.find_best();
+    row.inverse = 1;
+    a.tokens[index] = found ? row.most_likely() : -1;
+    a.chances[index] = found ? static_cast<float>(1 / row.weigh()) : std::numeric_limits<float>::quiet_NaN();
+  });
 }
 
 }  // namespace
 
 MINFER_OPS(sample)
-MINFER_OP(sample, SampleArgs), MINFER_OPS_END
+MINFER_OP(sample, SampleArgs), MINFER_OP(likeliest, LikeliestArgs), MINFER_OPS_END
 
 }  // namespace MINFER_ISA
 }  // namespace minfer
