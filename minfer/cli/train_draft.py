@@ -19,7 +19,7 @@ from minfer.errors import ConfigError
 if TYPE_CHECKING:
     from minfer.training import Kind, Progress, Recipe
 
-TYPICAL_ANSWER = 100  # tokens; how many questions the model asks itself follows from it
+TYPICAL_SHARE = 0.6  # of the longest answer; how many questions the model asks itself follows from it
 
 
 @command()
@@ -90,7 +90,7 @@ def _collected(
         raise ConfigError(f"{model} has {layers} layers; heads are trained on the states after three of them, and need at least 7")
     length = min(max_answer + 256, checkpoint.config.max_position_embeddings)
     options: dict[str, Any] = {"model": model, "max_model_len": length, "max_num_seqs": 32, "prefix_caching": False, "threads": threads}
-    prompts = _prompts(terminal, options, data, folder, tokens // TYPICAL_ANSWER + 64, length - max_answer, seed)
+    prompts = _prompts(terminal, options, data, folder, int(tokens / (TYPICAL_SHARE * max_answer)) + 64, length - max_answer, seed)
     loaded = load_model(EngineConfig(**options))
     started, first = time.monotonic(), -1
     temperatures = TEMPERATURES if temperature is None else (temperature,)

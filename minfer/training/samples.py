@@ -35,24 +35,26 @@ class Collector:
 
     def __init__(self, after: Sequence[int]) -> None:
         self.after: Sequence[int] = (*after, FINAL)
-        self._rows: dict[Request, list[list[torch.Tensor]]] = {}
+        self._rows: dict[Request, list[tuple[list[torch.Tensor], int, int]]] = {}  # of each step: its states, and which rows of them
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """States are kept by request, not by block."""
 
     def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[torch.Tensor], rows: Sequence[Sequence[int]]) -> None:
+        step = [state.to(torch.bfloat16, copy=True).cpu() for state in states]
         for item, own in zip(scheduled, rows, strict=True):
             kept = self._rows.setdefault(item.request, [])
             if item.start == 0:
                 kept.clear()  # new, or preempted and begun again
-            kept.append([state[own[0] : own[-1] + 1].to(torch.bfloat16, copy=True).cpu() for state in states])
+            kept.append((step, own[0], own[-1] + 1))
 
     def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int]]:
         return [[] for _ in requests]
 
     def take(self, request: Request) -> list[torch.Tensor]:
         """The states of a request that is over. Its last tokens have none: nothing followed them."""
-        return [torch.cat(parts) for parts in zip(*self._rows.pop(request), strict=True)]
+        parts = self._rows.pop(request)
+        return [torch.cat([step[layer][first:end] for step, first, end in parts]) for layer in range(len(self.after))]
 
 
 @dataclass(frozen=True)
@@ -86,17 +88,24 @@ def collect(
     collector = Collector(after)
     # Adaptive speculation doesn't show a proposer that never guesses right every step.
     core = EngineCore(replace(loaded, config=replace(loaded.config, adaptive_drafts=False)), proposer=collector)
+    requests: dict[int, Request] = {}  # asked and not written down yet, by the number of the prompt, ascending
+    asked = done
     while total < num_tokens and done < len(prompts):
-        batch = range(done, min(done + group, len(prompts)))
-        requests = [_request(loaded, prompts[index], index, max_answer, temperatures) for index in batch]
-        for request in requests:
-            core.scheduler.add(request)
-        while core.scheduler.has_requests:
-            core.step()
-        done = batch.stop
-        total += sum(len(request.output_token_ids) for request in requests)
-        _write(folder / f"shard-{done:07d}.safetensors", requests, [collector.take(request) for request in requests], done, total)
-        yield total
+        # Always `group` are answered at a time; a shard waits for the longest answer among its own, and the next ones' go on meanwhile.
+        running = sum(not request.finished for request in requests.values())
+        for index in range(asked, min(asked + group - running, len(prompts))):
+            requests[index] = _request(loaded, prompts[index], index, max_answer, temperatures)
+            core.scheduler.add(requests[index])
+            asked = index + 1
+        core.step()
+        first = [requests[index] for index in range(done, min(done + group, asked))]
+        if (len(first) == group or asked == len(prompts)) and all(request.finished for request in first):
+            done += len(first)
+            total += sum(len(request.output_token_ids) for request in first)
+            _write(folder / f"shard-{done:07d}.safetensors", first, [collector.take(request) for request in first], done, total)
+            for request in first:
+                del requests[int(request.request_id)]
+            yield total
 
 
 def _request(loaded: LoadedModel, prompt: list[int], index: int, max_answer: int, temperatures: Sequence[float]) -> Request:
