@@ -135,6 +135,8 @@ def variants(head: Path | None, *, skip: bool = False) -> dict[str, dict[str, An
         kind = json.loads((head / "config.json").read_text()).get("architectures", ["head"])[0]
         name = "EAGLE-3 head" if "Eagle3" in kind else f"{kind} head"
         found[name] = {"speculative": "draft", "draft_model": str(head), "num_draft_tokens": 4}
+        if skip:
+            found[f"ngram, else {name}"] = {"speculative": "ngram+draft", "draft_model": str(head)}
     return found
 
 

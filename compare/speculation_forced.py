@@ -60,8 +60,8 @@ def measure(target: str, drafter: str, quant: str, drafts: int, tokens: int, rou
     speculation = llm.engine.core.speculation
     if speculation is None:
         raise CompareError("the engine was loaded without its drafter")
-    forced = Forced(speculation.proposer, llm.engine.model_config.vocab_size)
-    speculation.proposer = forced
+    forced = Forced(speculation.sources[0].proposer, llm.engine.model_config.vocab_size)
+    speculation.sources[0].proposer = forced
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
 
     def run(rate: float | None) -> dict[str, Any]:

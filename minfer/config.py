@@ -25,7 +25,7 @@ Quant = Literal["auto", "none", "awq", "gptq", "fp8", "int8", "int4", "nf4", "mx
 CALIBRATED = ("awq", "gptq", "smoothquant")  # values of quant that have to see a model's inputs first
 Activations = Literal["auto", "int8", "none"]
 PolicyName = Literal["fcfs", "priority", "fair"]
-Speculative = Literal["none", "ngram", "draft", "skip"]
+Speculative = Literal["none", "ngram", "draft", "skip", "ngram+draft"]
 ForcedTokens = Literal["auto", "on", "off"]
 GuidedBackend = Literal["llguidance", "xgrammar"]
 Overlap = Literal["auto", "on", "off"]
@@ -94,12 +94,12 @@ class EngineConfig:
     speculative: Speculative = option(
         "none",
         "Guess tokens ahead and check them in one step: ngram copies what followed the same words earlier, draft asks a smaller model "
-        "or a head made for this one, skip the model itself without some of its layers.",
+        "or a head made for this one, skip the model itself without some of its layers, ngram+draft asks only where ngram finds nothing.",
     )
     draft_model: str | None = option(
         None,
-        "What --speculative draft asks: a smaller model with the same vocabulary, or a folder with an EAGLE, EAGLE-3, Medusa or "
-        "ReDrafter head for this one.",
+        "What --speculative draft or ngram+draft asks: a smaller model with the same vocabulary, or a folder with an EAGLE, EAGLE-3, "
+        "Medusa or ReDrafter head for this one.",
     )
     skip_layers: str | None = option(
         None, "Layers, from 0, that --speculative skip leaves out, as 8-21 or 4,6,8 (default: the middle third)."
@@ -156,8 +156,8 @@ class EngineConfig:
             self._fail("block_size", "must be a power of two up to 1024")
         if self.attention_backend == "flash_attn":
             self._check_flash_attn()
-        if (self.speculative == "draft") != (self.draft_model is not None):
-            self._fail("draft_model", "names the model that --speculative draft asks, so each needs the other: it can't be")
+        if (self.speculative in ("draft", "ngram+draft")) != (self.draft_model is not None):
+            self._fail("draft_model", "names the model that --speculative draft or ngram+draft asks, so each needs the other: it can't be")
         if self.draft_top_k > 1 and self.draft_model is None:
             self._fail("draft_top_k", "must be 1 without a draft_model that is an EAGLE, EAGLE-3 or Medusa head")
         if self.draft_states is not None and (

@@ -132,14 +132,14 @@ class EngineCore:
         )
         self.sampler = _sampler(loaded, processors)
         self._begin = begin
-        proposer = proposer or _proposer(loaded, self.scheduler, processors)
-        self.speculation = None if proposer is None else Speculation(proposer, config.num_draft_tokens, config.adaptive_drafts)
+        proposers = [proposer] if proposer is not None else _proposers(loaded, self.scheduler, processors)
+        self.speculation = Speculation(proposers, config.num_draft_tokens, config.adaptive_drafts) if proposers else None
         self.forced = None if forced is None or not _drafts_forced(loaded) else ForcedDrafts(forced)
-        after = () if proposer is None else proposer.after
+        after = next((proposer.after for proposer in proposers if proposer.after), ())  # of one at most: the others look at the text
         adapters = len(config.adapters)
         graph = _graph(loaded, loaded.model, loaded.cache, after, adapters)
         self.runner = ModelRunner(loaded.model, loaded.cache, _builder(loaded, adapters), graph, after)
-        self.overlaps = may_overlap and proposer is None and config.overlaps(loaded.device.type)
+        self.overlaps = may_overlap and not proposers and config.overlaps(loaded.device.type)
         self.times = StepTimes()
         self._ahead: _UnderWay | None = None  # the step after the one whose outcome was returned last
         self._rows: Sequence[SamplingRow] = ()  # of the last launch
@@ -181,7 +181,7 @@ class EngineCore:
         t1 = time.perf_counter()
         built = self.runner.build_seconds
         if self.speculation is not None:
-            self.speculation.proposer.copy_blocks(plan.copies)
+            self.speculation.copy_blocks(plan.copies)
         rows, looks_back, logits, scores, pooled = self._forward(plan, before)
         t2 = time.perf_counter()
         drawn = self.sampler.draw(logits, rows)
@@ -341,13 +341,16 @@ def _decode_graphs(loaded: LoadedModel) -> Callable[[Step], Graph]:
     return lambda step: DecodeGraphs(step, most_tokens=most_tokens)
 
 
-def _proposer(loaded: LoadedModel, scheduler: Scheduler, processors: Sequence[LogitsProcessor]) -> Proposer | None:
-    """Who guesses ahead; None when one token is decoded at a time."""
+def _proposers(loaded: LoadedModel, scheduler: Scheduler, processors: Sequence[LogitsProcessor]) -> list[Proposer]:
+    """Who guesses ahead, in the order in which they are asked; nobody when one token is decoded at a time."""
+    ways = loaded.config.speculative.split("+")
+    lookup: list[Proposer] = [NgramProposer(loaded.config.ngram_min_match)] if "ngram" in ways else []
+    return [*lookup, _model_proposer(loaded, scheduler, processors)] if {"draft", "skip"} & {*ways} else lookup
+
+
+def _model_proposer(loaded: LoadedModel, scheduler: Scheduler, processors: Sequence[LogitsProcessor]) -> Proposer:
+    """The smaller model, the head or the layers that --speculative asks."""
     config, draft = loaded.config, loaded.draft
-    if config.speculative == "ngram":
-        return NgramProposer(config.ngram_min_match)
-    if config.speculative == "none":
-        return None
     sampler = _sampler(loaded, processors)
     if config.speculative == "skip":
         kept = config.layers_kept(loaded.model_config.num_layers)

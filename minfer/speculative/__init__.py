@@ -12,7 +12,8 @@ from minfer.speculative.final_state import MedusaProposer, ReDrafterProposer
 from minfer.speculative.forced import Forced, ForcedDrafts, ForcedStats
 from minfer.speculative.heads import head_proposer
 from minfer.speculative.ngram import NgramProposer
-from minfer.speculative.speculation import Proposer, Speculation, SpeculationStats
+from minfer.speculative.source import Proposer
+from minfer.speculative.speculation import Speculation, SpeculationStats
 from minfer.speculative.tree import DraftTree
 from minfer.speculative.verify import DraftRow, accepted, trunk, way
 

@@ -79,15 +79,12 @@ class Line:
         return max(0.0, self.at(0)) if self.slope is not None else 0.0
 
 
-class CostModel:
-    """Of steps of about one size: seconds without drafts by number of sequences; how much longer drafts make them, and making those takes,
-    by number of drafts.
-    """
+class StepCosts:
+    """Of steps of about one size: seconds without drafts by number of sequences; how much longer drafts make them, by number of drafts."""
 
     def __init__(self) -> None:
-        self.without, self.checking, self.making = Line(), Line(), Line()
+        self.without, self.checking = Line(), Line()
         self.most = 0  # drafts that were checked in one step
-        self._in_vain = 0.0
         self._warm = False
 
     def ran(self, num_sequences: int, num_drafts: int, seconds: float) -> float:
@@ -105,6 +102,23 @@ class CostModel:
         self.most = max(self.most, num_drafts)
         return longer
 
+    def plain(self, num_sequences: int) -> float:
+        """Seconds of a step without drafts; 0 before any was seen."""
+        return max(0.0, self.without.at(num_sequences))
+
+    def check(self, worth: float) -> float:
+        """b: seconds to check one more draft; `worth`, what a token costs, before any was checked."""
+        return self.checking.more if self.checking else worth
+
+
+class CostModel:
+    """What it costs one proposer to draft for steps of about one size: `steps`, what the drafts of all add to them, and making its own."""
+
+    def __init__(self, steps: StepCosts) -> None:
+        self.steps = steps
+        self.making = Line()
+        self._in_vain = 0.0
+
     def made(self, num_drafts: int, seconds: float) -> float:
         """Making so many drafts took so long; returns what of it counts. What led to none is part of the price of the next."""
         if not num_drafts:
@@ -116,21 +130,16 @@ class CostModel:
         return seconds
 
     def plain(self, num_sequences: int) -> float:
-        """Seconds of a step without drafts; 0 before any was seen."""
-        return max(0.0, self.without.at(num_sequences))
-
-    def check(self, worth: float) -> float:
-        """b: seconds to check one more draft; `worth`, what a token costs, before any was checked."""
-        return self.checking.more if self.checking else worth
+        return self.steps.plain(num_sequences)
 
     def each(self, worth: float) -> float:
         """b + c: seconds to make one more draft and check it."""
-        return self.check(worth) + self.making.more
+        return self.steps.check(worth) + self.making.more
 
     @property
     def fixed(self) -> float:
         """e + f: seconds to draft at all."""
-        return self.checking.fixed + self.making.fixed
+        return self.steps.checking.fixed + self.making.fixed
 
 
 def _held_up(seconds: float, expected: float) -> float:
@@ -188,26 +197,27 @@ def draft_length(rate: float, share: float, limit: int) -> int:
     return min(limit, int(math.log(needed) / math.log(rate))) if rate < 1 else limit
 
 
-def draft_lengths(rates: Sequence[float], costs: CostModel, limit: int, spare: float) -> tuple[list[int], float]:
-    """How many drafts to make for each of some requests, which go through the model together; and what chance of being right a draft must
-    have to be worth its check.
+def draft_lengths(rates: Sequence[float], costs: CostModel, limit: int, spare: float, batch: int | None = None) -> tuple[list[int], float]:
+    """How many drafts to make for each of some requests, which go through the model together, and with others where the `batch` is larger;
+    and what chance of being right a draft must have to be worth its check.
 
     Where drafts don't pay, `spare` seconds may buy one each for those that are likeliest to be right, to learn whether they do now.
     """
     count = len(rates)
-    worth = costs.plain(count) / count if count else 0.0
+    batch = batch or count
+    worth = costs.plain(batch) / batch if count else 0.0
     if worth <= 0 or spare < 0:
         return [0] * count, 0.0
     each, fixed = costs.each(worth), costs.fixed
     lengths = [draft_length(rate, each / worth, limit) for rate in rates]
-    if costs.most:
-        lengths = _at_most(2 * costs.most, lengths)
+    if costs.steps.most:
+        lengths = _at_most(2 * costs.steps.most, lengths)
     saved = sum(worth * sum(rate**depth for depth in range(1, length + 1)) for rate, length in zip(rates, lengths, strict=True))
     if saved > MARGIN * (each * sum(lengths) + fixed):
-        return lengths, MARGIN * costs.check(worth) / worth
+        return lengths, MARGIN * costs.steps.check(worth) / worth
     left = spare - fixed
     lengths = [0] * count
-    for index in sorted(range(count), key=lambda index: -rates[index])[: 2 * costs.most or count]:
+    for index in sorted(range(count), key=lambda index: -rates[index])[: 2 * costs.steps.most or count]:
         left -= each
         if left < 0:
             break

@@ -20,7 +20,7 @@ def test_forced_drafts_are_right_as_often_as_wanted_and_change_nothing(tiny_llam
     llm = LLM(str(tiny_llama), **options, **drafting)
     core = llm.engine.core.speculation
     assert core is not None
-    core.proposer = forced = Forced(core.proposer, 512)
+    core.sources[0].proposer = forced = Forced(core.sources[0].proposer, 512)
     params = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
     plain, with_drafts = [], []
     plain += llm.generate({"prompt_token_ids": [5, 6, 7]}, params, use_tqdm=False)[0].outputs[0].token_ids

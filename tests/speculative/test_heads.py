@@ -32,7 +32,7 @@ def drafting(tiny_llama: Path, folder: Path, **settings: Any) -> LLM:
 
 def watch(llm: LLM) -> list[tuple[list[int], int, list[int]]]:
     """From now on, every proposal: the tokens so far, how many were asked for, the drafts."""
-    proposer = llm.engine.core.speculation.proposer  # type: ignore[union-attr]
+    proposer = llm.engine.core.speculation.sources[0].proposer  # type: ignore[union-attr]
     propose, seen = proposer.propose, []
 
     def watched(requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int]]:
@@ -82,7 +82,7 @@ def test_pairs_that_waited_and_prefixes_from_the_cache_guess_the_same(tiny_llama
     plain.generate(prompts(), PARAMS, use_tqdm=False)
     guesses = {tuple(tokens): drafts for tokens, _, drafts in first}
     other = drafting(tiny_llama, head_folders[name], prefix_caching=True)
-    proposer = other.engine.core.speculation.proposer  # type: ignore[union-attr]
+    proposer = other.engine.core.speculation.sources[0].proposer  # type: ignore[union-attr]
     propose = proposer.propose
     proposer.propose = lambda requests, counts, least: (  # type: ignore[method-assign, assignment]
         propose(requests, counts, least) if requests and len(requests[0].output_token_ids) > 9 else [[] for _ in requests]
@@ -119,7 +119,7 @@ def test_a_request_that_is_not_drafted_for_keeps_its_newest_pairs_only(
     monkeypatch.setattr("minfer.speculative.eagle.LONGEST_WAIT", 8)
     llm = drafting(tiny_llama, head_folders[name], max_num_batched_tokens=16, max_num_seqs=4)
     core = llm.engine.core
-    proposer = core.speculation.proposer  # type: ignore[union-attr]
+    proposer = core.speculation.sources[0].proposer  # type: ignore[union-attr]
     propose, waited = proposer.propose, []
 
     def late(requests: Sequence[Request], counts: Sequence[int], least: float) -> Any:
@@ -191,7 +191,7 @@ def test_the_head_of_a_quantised_model_is_rounded_and_drafts_nearly_the_same(mak
 
 def test_the_layers_that_are_read_can_be_said(tiny_llama: Path, head_folders: dict[str, Path]) -> None:
     llm = drafting(tiny_llama, head_folders["eagle3"], draft_states="2,1,0")
-    assert tuple(llm.engine.core.speculation.proposer.after) == (2, 1, 0)  # type: ignore[union-attr]
+    assert tuple(llm.engine.core.speculation.sources[0].proposer.after) == (2, 1, 0)  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match="for an EAGLE-3 head"):
         drafting(tiny_llama, head_folders["medusa"], draft_states="2,1,0")
     with pytest.raises(ConfigError, match="is a whole model"):

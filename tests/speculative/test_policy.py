@@ -12,72 +12,84 @@ import torch
 from minfer.sampling_params import SamplingParams
 from minfer.scheduler import Request, RequestStatus, ScheduledRequest, SchedulerOutput
 from minfer.speculative import Speculation
-from minfer.speculative.policy import DEAREST, HELD, MARGIN, PRIOR, SHARE, Acceptance, Account, CostModel, draft_length, draft_lengths
-from minfer.speculative.speculation import LOOK_BACK
+from minfer.speculative.policy import (
+    DEAREST,
+    HELD,
+    MARGIN,
+    PRIOR,
+    SHARE,
+    Acceptance,
+    Account,
+    CostModel,
+    StepCosts,
+    draft_length,
+    draft_lengths,
+)
+from minfer.speculative.source import LOOK_BACK
 
 
 def model_of(
     plain: tuple[float, float], checking: tuple[float, float] | None, making: tuple[float, float] = (0.0, 0.0), sizes: Sequence[int] = (1,)
 ) -> CostModel:
     """Of a machine whose steps, checks and drafts take (fixed, each) seconds."""
-    costs = CostModel()
+    costs = CostModel(StepCosts())
     for size in (sizes[0], *sizes):  # the first step is not counted
-        costs.ran(size, 0, plain[0] + plain[1] * size)
+        costs.steps.ran(size, 0, plain[0] + plain[1] * size)
     if checking is not None:
         for count in (1, 4, 2, 3):
-            costs.ran(sizes[0], count, plain[0] + plain[1] * sizes[0] + checking[0] + checking[1] * count)
+            costs.steps.ran(sizes[0], count, plain[0] + plain[1] * sizes[0] + checking[0] + checking[1] * count)
             costs.made(count, making[0] + making[1] * count)
     return costs
 
 
 def test_nothing_is_known_before_a_second_step_was_seen() -> None:
-    costs = CostModel()
+    costs = CostModel(StepCosts())
     assert costs.plain(1) == 0
-    assert costs.ran(1, 3, 5e-3) == 0, "there is nothing to compare it with"
-    costs.ran(1, 0, 9.0)
+    assert costs.steps.ran(1, 3, 5e-3) == 0, "there is nothing to compare it with"
+    costs.steps.ran(1, 0, 9.0)
     assert costs.plain(1) == 0
-    costs.ran(1, 0, 5e-3)
+    costs.steps.ran(1, 0, 5e-3)
     assert costs.plain(1) == 5e-3
-    assert costs.check(5e-3) == 5e-3, "as much as a token, before one was checked"
+    assert costs.steps.check(5e-3) == 5e-3, "as much as a token, before one was checked"
 
 
 @pytest.mark.parametrize("sequences", [4, 5, 7])
 def test_the_costs_are_those_of_the_lines(sequences: int) -> None:
     costs = model_of((3e-3, 2e-4), (4e-4, 3e-4), (1e-3, 5e-4), sizes=(4, 7, 4, 6))
     assert costs.plain(sequences) == pytest.approx(3e-3 + 2e-4 * sequences, rel=1e-6)
-    assert (costs.check(1.0), costs.each(1.0), costs.fixed) == pytest.approx((3e-4, 8e-4, 1.4e-3), rel=1e-6)
+    assert (costs.steps.check(1.0), costs.each(1.0), costs.fixed) == pytest.approx((3e-4, 8e-4, 1.4e-3), rel=1e-6)
 
 
 def test_a_step_with_drafts_is_charged_what_it_took_longer() -> None:
     """A step of two rows is another kernel, say: the line of a model would not know, and the clock does."""
     costs = model_of((3e-3, 0.0), None)
-    assert costs.ran(1, 1, 4.5e-3) == pytest.approx(1.5e-3)
-    assert costs.ran(1, 4, 4.8e-3) == pytest.approx(1.8e-3)
-    assert (costs.check(3e-3), costs.fixed) == pytest.approx((1e-4, 1.4e-3), rel=0.05)
-    assert costs.ran(1, 1, 2.9e-3) == pytest.approx(-1e-4), "noise evens out"
+    assert costs.steps.ran(1, 1, 4.5e-3) == pytest.approx(1.5e-3)
+    assert costs.steps.ran(1, 4, 4.8e-3) == pytest.approx(1.8e-3)
+    assert (costs.steps.check(3e-3), costs.fixed) == pytest.approx((1e-4, 1.4e-3), rel=0.05)
+    assert costs.steps.ran(1, 1, 2.9e-3) == pytest.approx(-1e-4), "noise evens out"
 
 
 def test_prices_survive_a_long_time_without_drafts() -> None:
     costs = model_of((3e-3, 0.0), (0.0, 2e-4))
     for _ in range(2000):
-        costs.ran(1, 0, 3e-3)
-    assert costs.check(1.0) == pytest.approx(2e-4, rel=1e-3)
+        costs.steps.ran(1, 0, 3e-3)
+    assert costs.steps.check(1.0) == pytest.approx(2e-4, rel=1e-3)
 
 
 def test_noise_can_turn_a_line_down_but_no_price_below_nothing() -> None:
     costs = model_of((5e-3, 0.0), None)
-    costs.ran(1, 1, 9e-3)
-    costs.ran(1, 8, 4e-3)
-    assert costs.check(1.0) == 0
+    costs.steps.ran(1, 1, 9e-3)
+    costs.steps.ran(1, 8, 4e-3)
+    assert costs.steps.check(1.0) == 0
     assert costs.plain(1000) >= 0
 
 
 def test_a_step_that_the_machine_held_up_counts_as_a_slow_one() -> None:
     costs = model_of((1e-3, 0.0), None)
-    costs.ran(1, 0, 60.0)
+    costs.steps.ran(1, 0, 60.0)
     assert costs.plain(1) < 2.1e-3
     costs = model_of((1e-3, 0.0), None)
-    assert costs.ran(1, 1, 60.0) == DEAREST * 1e-3
+    assert costs.steps.ran(1, 1, 60.0) == DEAREST * 1e-3
     costs.made(1, 1e-3)
     costs.made(1, 60.0)
     assert costs.making.at(1) < 2.1e-3
@@ -115,11 +127,11 @@ def test_what_is_new_is_tried_in_small_steps() -> None:
     costs = model_of((8e-3, 1e-3), None, sizes=(8,))
     assert draft_lengths([0.9] * 8, costs, 8, 0.0)[0] == [0] * 8
     assert draft_lengths([0.9] * 8, costs, 8, 7e-3)[0] == [1, 1, 1, 0, 0, 0, 0, 0]  # each may cost what a token costs: 2 ms
-    costs.ran(8, 3, 16e-3 + 3e-6)  # it costs nothing, nearly
+    costs.steps.ran(8, 3, 16e-3 + 3e-6)  # it costs nothing, nearly
     assert sum(draft_lengths([0.9] * 8, costs, 8, 0.0)[0]) == 6
-    costs.ran(8, 6, 16e-3 + 6e-6)
+    costs.steps.ran(8, 6, 16e-3 + 6e-6)
     assert draft_lengths([0.9] * 8, costs, 8, 0.0)[0] == [1] * 8
-    costs.ran(8, 8, 16e-3 + 8e-6)
+    costs.steps.ran(8, 8, 16e-3 + 8e-6)
     assert draft_lengths([0.9] * 8, costs, 8, 0.0)[0] == [2] * 8
 
 
@@ -228,8 +240,8 @@ def test_no_text_is_slowed_down_by_more_than_3_percent(
 ) -> None:
     """Whatever was said before, and however the next text takes to drafts."""
     machine = Machine(step, making, seed=sequences)
-    monkeypatch.setattr("minfer.speculative.speculation.time", SimpleNamespace(perf_counter=machine.perf_counter))
-    speculation = Speculation(machine, 8)
+    monkeypatch.setattr("minfer.speculative.source.time", SimpleNamespace(perf_counter=machine.perf_counter))
+    speculation = Speculation([machine], 8)
     plain = 400 * (step[0] + step[1] * sequences)
     machine.run(speculation, sequences, 0.5, 100)
     for chance in (0.0, 0.3, 0.1, 0.6, 0.0, 0.95, 0.05):
@@ -243,8 +255,8 @@ def test_where_drafts_do_not_pay_most_steps_go_by_unseen(monkeypatch: pytest.Mon
     """To look at a step costs 3% of it here, so looking at all of them would cost more than all drafts may."""
     machine = Machine((3e-3, 2e-4), (1e-3, 5e-4), seed=1)
     machine.after, machine.looking = (2,), 1e-4
-    monkeypatch.setattr("minfer.speculative.speculation.time", SimpleNamespace(perf_counter=machine.perf_counter))
-    speculation = Speculation(machine, 8)
+    monkeypatch.setattr("minfer.speculative.source.time", SimpleNamespace(perf_counter=machine.perf_counter))
+    speculation = Speculation([machine], 8)
     machine.run(speculation, 1, 0.0, 200)
     machine.seen.clear()
     assert machine.run(speculation, 1, 0.0, 2000) < 1.03 * 2000 * 3.2e-3

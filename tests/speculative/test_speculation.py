@@ -24,7 +24,7 @@ from minfer.models import FINAL
 from minfer.sampling import Sampler
 from minfer.scheduler import Request, ScheduledRequest
 from minfer.speculative import DraftRow, accepted
-from minfer.speculative.policy import CostModel
+from minfer.speculative.policy import StepCosts
 from minfer.structured_outputs import StructuredOutputsParams
 
 BASE: dict[str, Any] = {"dtype": "float32", "threads": 1, "max_model_len": 256, "kv_cache_memory": 2**22}
@@ -213,7 +213,7 @@ def test_a_draft_model_that_does_not_fit_is_refused(tiny_llama: Path, make_check
 def test_the_cost_of_decode_steps_is_measured_and_prompt_chunks_are_left_out(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM(str(tiny_llama), **BASE, **SPECULATIVE, max_prefill_chunk=7)
     seen: list[tuple[int, int]] = []
-    monkeypatch.setattr(CostModel, "ran", lambda self, sequences, drafts, seconds: seen.append((sequences, drafts)) or 0.0)
+    monkeypatch.setattr(StepCosts, "ran", lambda self, sequences, drafts, seconds: seen.append((sequences, drafts)) or 0.0)
     ask(llm, [(60, 0, 0)])
     stats = llm.engine.core.speculation.stats  # type: ignore[union-attr]
     assert len(seen) == 23 - stats.num_accepted_tokens
@@ -250,7 +250,7 @@ def test_a_proposer_may_be_right_or_wrong(plain: LLM, tiny_llama: Path, kind: st
     prompt = {"prompt_token_ids": prompt_of(40, 1)}
     truth = plain.generate(prompt, params, use_tqdm=False)[0].outputs[0]
     llm = LLM(str(tiny_llama), **BASE, **SPECULATIVE)
-    llm.engine.core.speculation.proposer = Oracle(truth.token_ids, kind)  # type: ignore[union-attr]
+    llm.engine.core.speculation.sources[0].proposer = Oracle(truth.token_ids, kind)  # type: ignore[union-attr]
     (output,) = llm.generate(prompt, params, use_tqdm=False)
     assert said(output.outputs[0]) == said(truth)
     stats = llm.engine.core.speculation.stats  # type: ignore[union-attr]
@@ -287,7 +287,7 @@ def test_a_stop_string_in_the_middle_of_right_drafts_ends_the_text_there() -> No
     prompt, params = "1, 2, 3, 4, 5, 6,", SamplingParams(temperature=0, max_tokens=24)
     slow, fast = LLM("smollm2-135m", **options), LLM("smollm2-135m", **options, **SPECULATIVE)
     truth = slow.generate(prompt, params, use_tqdm=False)[0].outputs[0]
-    fast.engine.core.speculation.proposer = Oracle(truth.token_ids, "always")  # type: ignore[union-attr]
+    fast.engine.core.speculation.sources[0].proposer = Oracle(truth.token_ids, "always")  # type: ignore[union-attr]
     middle = truth.text[len(truth.text) // 2 :][:2]
     for stop in (SamplingParams(temperature=0, max_tokens=24, stop=[middle], include_stop_str_in_output=keep) for keep in (False, True)):
         ours, theirs = (llm.generate(prompt, stop, use_tqdm=False)[0].outputs[0] for llm in (fast, slow))
@@ -320,9 +320,9 @@ def test_a_proposer_sees_the_inner_states_of_the_tokens_that_stand(tiny_llama: P
     prompt, params = prompt_of(40, 1), SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     truth = LLM(str(tiny_llama), **options).generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0].outputs[0].token_ids
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minfer.engine.core._proposer", lambda *arguments: Witness(truth, "sometimes"))
+        patch.setattr("minfer.engine.core._proposers", lambda *arguments: [Witness(truth, "sometimes")])
         llm = LLM(str(tiny_llama), **options)
-    witness = llm.engine.core.speculation.proposer  # type: ignore[union-attr]
+    witness = llm.engine.core.speculation.sources[0].proposer  # type: ignore[union-attr]
     llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32, attn_implementation="eager")
     with torch.inference_mode():
@@ -333,6 +333,49 @@ def test_a_proposer_sees_the_inner_states_of_the_tokens_that_stand(tiny_llama: P
     for position, (after_one, final) in witness.seen.items():
         assert (after_one - expected[1][0, position]).abs().max() < 1e-4
         assert (final - expected[-1][0, position]).abs().max() < 1e-4
+
+
+class Now(Oracle):
+    """Has an idea at every third token only."""
+
+    def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int]]:
+        drafts = super().propose(requests, counts, least)
+        return [[] if request.num_tokens % 3 else own[:1] for request, own in zip(requests, drafts, strict=True)]
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_who_the_first_has_no_idea_for_is_the_next_ones(tiny_llama: Path, adaptive: bool) -> None:
+    options = {**BASE, **SPECULATIVE, "adaptive_drafts": adaptive, "max_prefill_chunk": 7}
+    prompt, params = {"prompt_token_ids": prompt_of(40, 1)}, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    truth = LLM(str(tiny_llama), **BASE).generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids
+    first, second = Now(truth, "always"), Witness(truth, "never")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minfer.engine.core._proposers", lambda *arguments: [first, second])
+        llm = LLM(str(tiny_llama), **options)
+    assert llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids == truth
+    speculation = llm.engine.core.speculation
+    assert speculation is not None
+    lookup, dear = speculation.sources
+    if not adaptive:
+        assert speculation.stats.num_accepted_tokens >= 10
+        assert lookup._usual.rate > 0.8
+        assert dear._usual.rate < 0.2, "of its own drafts only"
+        assert sorted(second.seen) == list(range(max(second.seen) + 1)), "it sees what others' drafts brought, too"
+
+
+def test_lookup_first_and_a_model_where_it_finds_nothing(tiny_llama: Path, make_checkpoint: Any) -> None:
+    small = make_checkpoint("llama", num_hidden_layers=1)
+    options = {**BASE, "speculative": "ngram+draft", "draft_model": str(small), "num_draft_tokens": 3, "adaptive_drafts": False}
+    llm, plain = LLM(str(tiny_llama), **options), LLM(str(tiny_llama), **BASE)
+    prompts: list[Any] = [{"prompt_token_ids": prompt_of(60, 0)}, {"prompt_token_ids": prompt_of(31, 1)}]
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    ours, theirs = (engine.generate(prompts, params, use_tqdm=False) for engine in (llm, plain))
+    assert [said(one.outputs[0]) for one in ours] == [said(one.outputs[0]) for one in theirs]
+    names = [type(source.proposer).__name__ for source in llm.engine.core.speculation.sources]  # type: ignore[union-attr]
+    assert names == ["NgramProposer", "DraftModelProposer"]
+    assert all(source._usual.tried > 2 for source in llm.engine.core.speculation.sources)  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match="each needs the other"):
+        LLM(str(tiny_llama), **{**options, "draft_model": None})
 
 
 @pytest.mark.parametrize(

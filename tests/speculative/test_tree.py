@@ -177,7 +177,7 @@ def test_heads_draft_trees_whose_trunk_is_their_chain(tiny_llama: Path, head_fol
     for top_k in (1, 3):
         options = {**BASE, **SPECULATIVE, "speculative": "draft", "draft_model": str(head_folders[name]), "num_draft_tokens": 6}
         llm = LLM(str(tiny_llama), **options, draft_top_k=top_k)
-        proposer = llm.engine.core.speculation.proposer  # type: ignore[union-attr]
+        proposer = llm.engine.core.speculation.sources[0].proposer  # type: ignore[union-attr]
         propose, seen = proposer.propose, {}
 
         def watched(requests: Any, counts: Any, least: float, propose: Any = propose, seen: Any = seen) -> Any:
