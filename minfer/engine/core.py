@@ -157,9 +157,10 @@ class EngineCore:
         sampled = step.drawn.wait()
         known = time.perf_counter()
         times.wait = known - launched
-        if self.speculation is not None:
-            self.speculation.ran(step.plan, times.build + times.forward + times.sample + times.wait)
         done = self._remember(step, sampled)
+        if self.speculation is not None:  # drafts make every part of a step longer, deciding what it computes and what stands included
+            verified = time.perf_counter() - known
+            self.speculation.ran(step.plan, times.schedule + times.build + times.forward + times.sample + times.wait + verified)
         settled = self.forced.draft(step.plan.scheduled) if self.forced is not None and step.looks_back else ()  # as grammars do
         if self.speculation is not None:
             self.speculation.draft(step.plan, self.runner.states, settled)

@@ -64,7 +64,7 @@ class Speculation:
         self._steps: dict[int, StepCosts] = defaultdict(StepCosts)  # by the number of bits in a batch's size
         self.sources = [Source(proposer, self._steps) for proposer in proposers]
         self._drafted: dict[Request, Source] = {}  # whose drafts a request has
-        self._worth = 0.0  # seconds that a right draft of the last step saved
+        self._worth = 0.0  # seconds that a right draft of the next step saves
         self._plain_steps, self._since_plain = 0, 0
         self._slept = 0  # steps that no account was given of
 
@@ -74,12 +74,11 @@ class Speculation:
             source.proposer.copy_blocks(copies)
 
     def ran(self, plan: SchedulerOutput, seconds: float) -> None:
-        """The step took so long; whether its drafts were right is told afterwards."""
+        """The step took so long, from its planning to its tokens; which of its drafts were right has been told (`verified`)."""
         if all(source.sleeps_through(plan) for source in self.sources):
             return
         size = len(plan.scheduled)
         costs = self._steps[size.bit_length()]
-        self._worth = costs.plain(size) / size
         if plan.one_each:
             costs.ran(size, 0, seconds)
             return
@@ -88,7 +87,7 @@ class Speculation:
         if own == drafts and all(item.decodes for item in plan.scheduled):
             self._pay(costs.ran(size, drafts, seconds))
         else:  # prompts or somebody else's drafts took part of it
-            self._pay(own * costs.check(self._worth))
+            self._pay(own * costs.check(costs.plain(size) / size))
 
     def draft(self, plan: SchedulerOutput, states: Sequence[torch.Tensor] = (), settled: Collection[Request] = ()) -> None:
         """Gives each request of the step that has one token left to compute its drafts for the next step.

@@ -218,7 +218,7 @@ class Machine:
             items = [ScheduledRequest(r, r.num_computed_tokens, 1 + len(r.draft_token_ids), True, r.draft_token_ids) for r in requests]
             total = sum(item.num_new_tokens for item in items)
             plan = SchedulerOutput(items, one_each=total == len(items))
-            speculation.ran(plan, self.spend(self.step, total))
+            seconds = self.spend(self.step, total)
             for item in items:
                 right = next((n for n in range(len(item.drafts)) if self.random.random() >= chance), len(item.drafts))
                 item.kept = range(1, right + 1)
@@ -228,6 +228,7 @@ class Machine:
                     item.request.append(0)
                 item.request.num_computed_tokens += right + 1
                 item.request.draft_token_ids = []
+            speculation.ran(plan, seconds)
             speculation.draft(plan)
         return (self.now - begun) / (sum(len(request.output_token_ids) for request in requests) - sequences) * sequences * tokens
 

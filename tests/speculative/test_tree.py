@@ -150,7 +150,7 @@ def check_trees(tiny_llama: Path, options: dict[str, Any], plain: str, params: S
     truth = LLM(str(tiny_llama), **{**options, "backend": plain}).generate(prompt, params, use_tqdm=False)[0].outputs[0]
     grower = Grower(truth.token_ids)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minfer.engine.core._proposer", lambda *arguments: grower)
+        patch.setattr("minfer.engine.core._proposers", lambda *arguments: [grower])
         patch.setattr("minfer.engine.core._builder", wide_builder)
         llm = LLM(str(tiny_llama), **options, **SPECULATIVE)
     (output,) = llm.generate(prompt, params, use_tqdm=False)
