@@ -138,7 +138,7 @@ def test_steps_with_drafts_are_replayed_and_change_nothing(
     eager, replayed = (LLM(str(tiny_llama), **settings, graphs=graphs) for graphs in (False, True))
     core = replayed.engine.core
     steps = watch(core.runner.graph)
-    runner = getattr(core.speculation.proposer, "_runner", None)  # type: ignore[union-attr]
+    runner = getattr(core.speculation.sources[0].proposer, "_runner", None)  # type: ignore[union-attr]
     graph = None if runner is None else runner._graph if hasattr(runner, "_graph") else runner.graph
     passes = [] if graph is None else watch(graph)
     assert said(replayed) == plain
