@@ -27,7 +27,8 @@ positions at a time while the device computes. So a draw is the token that every
 Tried: one program a row that reads it three times, maximum, total, candidates (which needs no second launch): compacting candidates is a
 running sum over every tile, 1400 instructions for 4096 logits (sm_90), where here only the few blocks that hold candidates pay that.
 
-Left out: typical-p, which the sampler does in torch.
+Left out: typical-p, which the sampler does in torch. Making u here: `tl.philox` gives the host's numbers to the bit, but a row's seed and
+position would have to come from the host in its place, as many bytes, until a position advances on the device.
 """
 
 from __future__ import annotations
