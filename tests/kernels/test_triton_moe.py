@@ -272,7 +272,7 @@ def test_what_it_refuses() -> None:
 
 
 def test_experts_that_are_unpacked_in_two_ways_are_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CDNA3 converts e4m3 by its own instruction, but for matrices that hold a NaN, which that wouldn't show."""
+    """CDNA3 converts e4m3 by an instruction of its own, but not in matrices that hold a NaN."""
     monkeypatch.setattr(Target, "converts_fnuz", True)
     ops = table(torch.float32, Target(4, "hip:gfx942"))
     gate_up, down = packed_experts(2, 64, 64, "fp8_e4m3", 64, False)

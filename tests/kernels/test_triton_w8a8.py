@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+from collections.abc import Callable
 from typing import Literal
 
 import pytest
@@ -13,9 +15,10 @@ from kernels.devices import DEVICE, DTYPES, close, moved, randn
 from minfer.config import Activations, ModelConfig
 from minfer.kernels import Ops
 from minfer.kernels.ops import RoundedRows
-from minfer.kernels.triton import TritonBackend
+from minfer.kernels.triton import TritonBackend, linear_w8a8
 from minfer.kernels.triton.act_mul import act_mul
-from minfer.kernels.triton.linear_codes import TritonCodesWeight
+from minfer.kernels.triton.codes import E4M3, E4M3_FNUZ
+from minfer.kernels.triton.linear_codes import TritonCodesWeight, unpack
 from minfer.kernels.triton.linear_w8a8 import TritonRoundedWeight
 from minfer.kernels.triton.rms_norm import rms_norm
 from minfer.kernels.triton.targets import Target
@@ -26,6 +29,8 @@ from minfer.layers.loading import load_weights
 from minfer.models import create_model
 from minfer.quant import PackedWeight, QuantScheme
 
+# The package has functions of these names.
+act_mul_file, rms_norm_file = (importlib.import_module(f"minfer.kernels.triton.{name}") for name in ("act_mul", "rms_norm"))
 SETTINGS: tuple[Activations, ...] = ("auto", "int8", "none")
 ELEMENTS: tuple[Literal["int8", "fp8_e4m3"], ...] = ("int8", "fp8_e4m3")
 
@@ -147,14 +152,60 @@ def test_embedding(element: Literal["int8", "fp8_e4m3"]) -> None:
     assert torch.equal(prepare(matrix).embedding(ids).cpu(), matrix.dequantize()[ids.cpu()])
 
 
-def test_cdna3s_floats_have_another_bias() -> None:
-    """The same bits are half as much there, and what is -0 elsewhere is no number."""
-    matrix = packed(16, 256, "fp8_e4m3", 128)
-    matrix.codes[2, 5] = -128
-    weight = TritonRoundedWeight(matrix, torch.float32, torch.device("cpu"), Target(4, "hip:gfx942"), Tuning({}))
-    assert weight.codes.dtype == torch.float8_e4m3fnuz
-    numbers = weight.codes.float().view(16, 2, 128) * weight.scales.t()[:, :, None]
+CDNA3 = Target(4, "hip:gfx942")
+
+
+def every_code(group: int) -> PackedWeight:
+    """All of e4m3's numbers, both zeros among them, up to 448; and no NaN."""
+    codes = torch.arange(256).to(torch.uint8).view(torch.int8).repeat(16, 1)
+    codes[codes & 127 == 127] = 126
+    matrix = packed(16, 256, "fp8_e4m3", group)
+    return dataclasses.replace(matrix, codes=codes, scheme=dataclasses.replace(matrix.scheme, activation="fp8"))
+
+
+@pytest.mark.parametrize("group", [128, 256])
+def test_cdna3s_floats_have_another_bias(group: int) -> None:
+    """By torch's own type: the same bits are half as much there, so 448 is 224, below its largest, 240; and what is -0 elsewhere is no
+    number."""
+    matrix = every_code(group)
+    weight = TritonRoundedWeight(matrix, torch.float32, torch.device("cpu"), CDNA3, Tuning({}))
+    assert weight.codes.dtype == torch.float8_e4m3fnuz and (matrix.codes == -128).any()
+    own = weight.codes.float()
+    assert own.isfinite().all() and float(own.abs().max()) == 224
+    numbers = own.view(16, 256 // group, group) * weight.scales.t()[:, :, None]
     assert torch.equal(numbers.view(16, 256), matrix.dequantize())
+
+
+def test_cdna3_unpacks_its_own_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rows stay in 16 bits: what its conversion, torch's own type here, makes of the packed codes, times the scales."""
+    monkeypatch.setattr(Target, "converts_fnuz", True)
+    matrix = every_code(128)
+    weight = TritonCodesWeight(matrix, torch.float32, torch.device("cpu"), CDNA3, Tuning({}))
+    assert weight.kind == E4M3_FNUZ
+    own = unpack(weight.codes, weight.parts, weight.run, 256).view(torch.float8_e4m3fnuz).float()
+    assert torch.equal((own.view(16, 2, 128) * weight.scales.float().t()[:, :, None]).view(16, 256), matrix.dequantize())
+    matrix.codes[3, 7] = -1
+    assert TritonCodesWeight(matrix, torch.float32, torch.device("cpu"), CDNA3, Tuning({})).kind == E4M3
+
+
+def test_rows_are_rounded_to_cdna3s_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """240, by each kernel that rounds rows: torch makes 256 a NaN there, so it is the scale that has to take care of larger values."""
+    launched: list[dict[str, object]] = []
+
+    class Caught:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *tensors, **meta: launched.append(meta)
+
+    for module, kernel in ((linear_w8a8, "quantize_rows_kernel"), (rms_norm_file, "rms_norm_kernel"), (act_mul_file, "silu_mul_kernel")):
+        monkeypatch.setattr(module, kernel, Caught())
+    weight = TritonRoundedWeight(every_code(128), torch.float32, torch.device("cpu"), CDNA3, Tuning({}))
+    x = torch.randn(3, 256)
+    weight.quantize_rows(x)
+    weight.rms_norm(x, x[0], 1e-5, None)
+    weight.act_mul(torch.cat((x, x), dim=1), "silu")
+    assert [(meta["LARGEST"], meta["INTEGER"], meta["GROUP"]) for meta in launched] == [(240.0, False, 128)] * 3
+    at_the_edge = torch.tensor([240.0, 256.0]).to(torch.float8_e4m3fnuz).float()
+    assert at_the_edge[0] == 240 and at_the_edge[1].isnan()
 
 
 def test_which_matrices_meet_rounded_rows() -> None:
