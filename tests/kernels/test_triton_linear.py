@@ -90,8 +90,8 @@ def test_codes_as_cdna_multiplies_by_them(rows: int, n: int, k: int, group: int,
     check(packed(n, k, element, group, mins), rows, dtype, Target(4, "hip:gfx942"))
 
 
-def with_zero_points(matrix: PackedWeight) -> PackedWeight:
-    zeros = torch.randint(0, 17, matrix.scales.shape, generator=torch.Generator().manual_seed(7))
+def with_zero_points(matrix: PackedWeight, seed: int = 7) -> PackedWeight:
+    zeros = torch.randint(0, 17, matrix.scales.shape, generator=torch.Generator().manual_seed(seed))
     halved = matrix.scales.half().float()
     return dataclasses.replace(matrix, scales=halved, mins=-halved * zeros)
 

@@ -47,7 +47,14 @@ def test_what_is_no_number_is_chosen_last_and_never_twice() -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k", "rows", "kind"),
-    [(17, 8, 1, 16, "idle"), (40, 5, 2, 16, "random"), (700, 3, 2, 64, "random"), (9, 20, 8, 32, "ties"), (20, 3, 2, 16, "one")],
+    [
+        (17, 8, 1, 16, "idle"),
+        (17, 2, 1, 16, "one"),  # the last pair begins a block
+        (40, 5, 2, 16, "random"),
+        (700, 3, 2, 64, "random"),
+        (9, 20, 8, 32, "ties"),
+        (20, 3, 2, 16, "one"),
+    ],
 )
 def test_sorted_blocks_hold_each_pair_once_and_one_expert_each(tokens: int, experts: int, top_k: int, rows: int, kind: str) -> None:
     chosen, _ = route(routing(kind, tokens, experts).to(DEVICE), top_k, False)
@@ -157,7 +164,7 @@ def test_codes(element: str, group: int, mins: bool, tokens: int, dtype: torch.d
 def test_integer_zero_points_some_of_which_are_too_large_to_be_lifted(tokens: int) -> None:
     """One expert keeps minima, so all do: what was a zero point comes back exactly."""
     gate_up, down = packed_experts(3, 64, 64, "int4", 32, True)
-    lifted = [with_zero_points(matrix) for matrix in gate_up]
+    lifted = [with_zero_points(matrix, seed) for seed, matrix in enumerate(gate_up)]
     check([*lifted], [*down], tokens, 2, torch.float16, TOLERANCES[torch.float16])
     check([lifted[0], gate_up[1], lifted[2]], [*down], tokens, 2, torch.float32, TOLERANCES[torch.float32])
 
