@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from kernels.batches import make_batch, make_cache
@@ -22,16 +24,27 @@ def attend(cpu: CpuBackend, q: torch.Tensor, cache: LayerCache, lengths, blocks:
     return cpu.attention(q, cache, make_batch(lengths, block_size, blocks), q.shape[2] ** -0.5, window, softcap)
 
 
+@functools.cache
+def inputs(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> tuple[LayerCache, torch.Tensor]:
+    tokens = sum(new for new, _ in MIXED)
+    q = torch.randn(tokens, heads + 1, dim, generator=torch.Generator().manual_seed(dim)).to(dtype)[:, :heads]
+    return make_cache(120, kv_heads, 16, dim, dtype), q
+
+
+@functools.cache  # one for all instruction sets
+def exactly(heads: int, kv_heads: int, dim: int, window: int | None, softcap: float | None, dtype: torch.dtype) -> torch.Tensor:
+    cache, q = inputs(heads, kv_heads, dim, dtype)
+    exact = LayerCache(cache.k.double(), cache.v.double())
+    return ReferenceBackend().attention(q.double(), exact, make_batch(MIXED, 16, 120), dim**-0.5, window, softcap)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (100, None), (3, 5.0)])
 def test_against_float64(cpu: CpuBackend, heads: int, kv_heads: int, dim: int, window, softcap, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
-    cache = make_cache(120, kv_heads, 16, dim, dtype)
-    batch = make_batch(MIXED, 16, 120)
-    q = torch.randn(batch.num_tokens, heads + 1, dim).to(dtype)[:, :heads]
-    got = cpu.attention(q, cache, batch, dim**-0.5, window, softcap)
-    exact = LayerCache(cache.k.double(), cache.v.double())
-    expected = ReferenceBackend().attention(q.double(), exact, batch, dim**-0.5, window, softcap)
+    cache, q = inputs(heads, kv_heads, dim, dtype)
+    got = cpu.attention(q, cache, make_batch(MIXED, 16, 120), dim**-0.5, window, softcap)
+    expected = exactly(heads, kv_heads, dim, window, softcap, dtype)
     torch.testing.assert_close(got.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 

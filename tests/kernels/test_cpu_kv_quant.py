@@ -3,6 +3,8 @@ the same bits however a prompt is cut."""
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -60,22 +62,31 @@ def exact_attention(
     return out
 
 
+def stored(backend: CpuBackend | ReferenceBackend, heads: int, dim: int, kind: torch.dtype, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """What a backend makes of rows of all sizes, and leaves of what was there."""
+    batch = make_batch([(70, 90), (1, 16), (1, 17)], 16, 12)
+    wide = torch.randn(batch.num_tokens, 2 * heads + 1, dim, generator=torch.Generator().manual_seed(dim))
+    wide *= torch.logspace(-6, 6 if dtype != torch.float16 else 3, batch.num_tokens)[:, None, None]
+    wide[0], wide[1, :, 1:], wide[2], wide[3] = 0.0, 0.0, 1.0, 1e-42
+    wide = wide.to(dtype)
+    cache = LayerCache.empty(12, heads, 16, dim, kind)
+    for tensor in cache.tensors:
+        tensor.view(torch.uint8).fill_(85)
+    backend.write_kv(wide[:, :heads], wide[:, heads : 2 * heads], cache, batch.slots)
+    return tuple(cache.tensors)
+
+
+@functools.cache  # one for all instruction sets: the search for fp8 scales in plain torch takes longer than the rest
+def stored_by_reference(heads: int, dim: int, kind: torch.dtype, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return stored(ReferenceBackend(), heads, dim, kind, dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_codes_are_the_references(cpu: CpuBackend, kind: torch.dtype, dtype: torch.dtype) -> None:
     for heads, dim in ((3, 64), (1, 80), (2, 96), (1, 256), (2, 10), (1, 2), (40, 128)):
-        batch = make_batch([(70, 90), (1, 16), (1, 17)], 16, 12)
-        wide = torch.randn(batch.num_tokens, 2 * heads + 1, dim, generator=torch.Generator().manual_seed(dim))
-        wide *= torch.logspace(-6, 6 if dtype != torch.float16 else 3, batch.num_tokens)[:, None, None]
-        wide[0], wide[1, :, 1:], wide[2], wide[3] = 0.0, 0.0, 1.0, 1e-42
-        wide = wide.to(dtype)
-        k, v = wide[:, :heads], wide[:, heads : 2 * heads]
-        caches = [LayerCache.empty(12, heads, 16, dim, kind) for _ in range(2)]
-        for cache, backend in zip(caches, (cpu, ReferenceBackend()), strict=True):
-            for tensor in cache.tensors:
-                tensor.view(torch.uint8).fill_(85)
-            backend.write_kv(k, v, cache, batch.slots)
-        for got, expected in zip(caches[0].tensors, caches[1].tensors, strict=True):
+        pairs = zip(stored(cpu, heads, dim, kind, dtype), stored_by_reference(heads, dim, kind, dtype), strict=True)
+        for got, expected in pairs:
             assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8)), (heads, dim)
 
 
@@ -90,15 +101,31 @@ def test_what_is_not_a_number_stays_none(cpu: CpuBackend, kind: torch.dtype) -> 
     assert not cpu.attention(torch.ones(3, 1, 64), cache, batch, 0.1)[1:].isfinite().any()
 
 
+Variant = tuple[int | None, float | None]  # window, softcap
+
+
+def queries(heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
+    tokens = sum(new for new, _ in MIXED)
+    return torch.randn(tokens, heads + 1, dim, generator=torch.Generator().manual_seed(dim)).to(dtype)[:, :heads]
+
+
+@functools.cache  # one for all instruction sets
+def exactly(heads: int, kv_heads: int, dim: int, kind: torch.dtype, dtype: torch.dtype, variant: Variant) -> torch.Tensor:
+    cache = written(backend_of("portable"), MIXED, kv_heads, dim, kind)
+    return exact_attention(queries(heads, dim, dtype), cache, make_batch(MIXED, 16, BLOCKS), dim**-0.5, *variant)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_against_float64(cpu: CpuBackend, kind: torch.dtype, dtype: torch.dtype) -> None:
+    """All instruction sets store the same codes (`test_codes_are_the_references`), so what is exact is the same for all."""
     for heads, kv_heads, dim in HEADS:
         cache, batch = written(cpu, MIXED, kv_heads, dim, kind), make_batch(MIXED, 16, BLOCKS)
-        q = torch.randn(batch.num_tokens, heads + 1, dim, generator=torch.Generator().manual_seed(dim)).to(dtype)[:, :heads]
-        for window, softcap in ((None, None), (100, None), (3, 5.0)) if dim == 64 else ((70, None),):
+        q = queries(heads, dim, dtype)
+        variants: tuple[Variant, ...] = ((None, None), (100, None), (3, 5.0)) if dim == 64 else ((70, None),)
+        for window, softcap in variants:
             got = cpu.attention(q, cache, batch, dim**-0.5, window, softcap)
-            expected = exact_attention(q, cache, batch, dim**-0.5, window, softcap)
+            expected = exactly(heads, kv_heads, dim, kind, dtype, (window, softcap))
             # A score of s has the error of a rounded query, s / 256 in bfloat16, and the rotation rounds queries once more.
             torch.testing.assert_close(got.double(), expected, rtol=2 * TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
 

@@ -42,11 +42,21 @@ def check(
 @pytest.mark.parametrize("kind", ["random", "one", "idle", "ties"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dense(cpu: CpuBackend, shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
+    check_dense(cpu, shape, kind, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["random", "one", "idle", "ties"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dense_by_reference(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
+    check_dense(ReferenceBackend(), shape, kind, dtype)
+
+
+def check_dense(backend: CpuBackend | ReferenceBackend, shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
     tokens, experts, top_k, inner, width = shape
     gate_up: list[Matrix] = [randn(2 * inner, width, seed=e, dtype=dtype) for e in range(experts)]
     down: list[Matrix] = [randn(width, inner, seed=1000 + e, dtype=dtype) for e in range(experts)]
-    check(cpu, gate_up, down, tokens, top_k, dtype=dtype, kind=kind)
-    check(ReferenceBackend(), gate_up, down, tokens, top_k, dtype=dtype, kind=kind)
+    check(backend, gate_up, down, tokens, top_k, dtype=dtype, kind=kind)
 
 
 @pytest.mark.parametrize(("element", "tolerance"), [("int8", 0.02), ("int4", 0.02), ("fp8_e4m3", 1e-5), ("nf4", 0.03)])
