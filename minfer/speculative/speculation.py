@@ -103,6 +103,8 @@ class Speculation:
         drafting = bool(awake and ready) and self._time_to_draft(len(ready))
         # A prompt's share of the proposers' work belongs to the prompt, and is no loss to decoding.
         decodes = plan.one_each or all(item.start >= item.request.num_prompt_tokens for item in plan.scheduled)
+        if any(item.start < item.request.num_prompt_tokens for item in going_on):
+            self.account.another_text()
         self._drafted = {}
         for source in self.sources:
             price = source.follow(going_on, states, rows, decodes) if source in looking else 0.0
