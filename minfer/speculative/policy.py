@@ -213,7 +213,7 @@ def draft_length(rate: float, share: float, limit: int) -> int:
 
 def draft_lengths(rates: Sequence[float], costs: CostModel, limit: int, spare: float, batch: int | None = None) -> tuple[list[int], float]:
     """How many drafts to make for each of some requests, which go through the model together, and with others where the `batch` is larger;
-    and what chance of being right a draft must have to be worth its check.
+    and what chance of being right a draft must have for it and the next to be worth their price.
 
     Where drafts don't pay, `spare` seconds may buy one each for those that are likeliest to be right, to learn whether they do now.
     """
@@ -228,15 +228,28 @@ def draft_lengths(rates: Sequence[float], costs: CostModel, limit: int, spare: f
         lengths = _at_most(2 * costs.steps.most, lengths)
     saved = sum(worth * sum(rate**depth for depth in range(1, length + 1)) for rate, length in zip(rates, lengths, strict=True))
     if saved > MARGIN * (each * sum(lengths) + fixed):
-        return lengths, MARGIN * costs.steps.check(worth) / worth
-    left = spare - fixed
+        if (
+            costs.steps.checking.slope is None and sum(lengths) < 2 * costs.steps.most
+        ):  # of one count alone nobody learns what a further draft costs
+            first = rates.index(max(rates))
+            lengths[first] = min(limit, lengths[first] + 1)
+        return lengths, MARGIN * each / worth
     lengths = [0] * count
+    left = spare - probe_price(costs, batch)
     for index in sorted(range(count), key=lambda index: -rates[index])[: 2 * costs.steps.most or count]:
-        left -= each
         if left < 0:
             break
         lengths[index] = 1
+        left -= each
     return lengths, 0.0
+
+
+def probe_price(costs: CostModel, batch: int) -> float:
+    """Seconds that one draft for a step of so many is thought to cost at most. What seems to cost more than the account ever saves up to
+    is tried when it is full: the machine may have been held up when that was measured, and nobody would find out.
+    """
+    plain = costs.plain(batch)
+    return min(costs.fixed + costs.each(plain / batch), HELD * plain)
 
 
 def _at_most(most: int, lengths: list[int]) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from minfer.scheduler import Request, ScheduledRequest, SchedulerOutput
-from minfer.speculative.policy import REMEMBER_ALL, SHARE, Acceptance, CostModel, StepCosts, draft_lengths
+from minfer.speculative.policy import REMEMBER_ALL, SHARE, Acceptance, CostModel, StepCosts, draft_lengths, probe_price
 from minfer.speculative.tree import DraftTree
 
 LOOK_BACK = 16  # steps that a proposer sees before it guesses, where it guesses from the target's states
@@ -89,7 +89,7 @@ class Source:
         counts, self._least = draft_lengths([self._known(request).rate for request in requests], costs, limit, held, batch)
         plain = costs.plain(batch)
         if self._look_back and plain > 0 and not any(counts):
-            missing = costs.fixed + costs.each(plain / batch) + self._look_back * self._following - held
+            missing = probe_price(costs, batch) + self._look_back * self._following - held
             self.asleep = self._look_back + min(LONGEST_SLEEP, int(missing / (SHARE * plain)) + 1) if missing > 0 else 0
         return counts
 

@@ -299,3 +299,28 @@ def test_a_head_that_pays_on_average_is_not_switched_off_by_bad_luck(monkeypatch
         speculation = Speculation([machine], 4)
         seconds += [machine.run(speculation, 1, chance, 160) for _ in range(10)]
     assert sum(seconds) / len(seconds) * least < 160 * 2.28e-3
+
+
+def test_a_machine_that_was_held_up_at_first_does_not_end_drafting_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe that seems to cost more than the account ever holds is tried again nevertheless."""
+    machine = Machine((2.0e-3, 0.28e-3), (30e-3, 0.16e-3), 1)
+    machine.after, machine.looking = (2,), 6e-6
+    monkeypatch.setattr("minfer.speculative.source.time", SimpleNamespace(perf_counter=machine.perf_counter))
+    speculation = Speculation([machine], 4)
+    machine.run(speculation, 1, 0.8, 40)
+    machine.making = (0.5e-3, 0.16e-3)
+    machine.run(speculation, 1, 0.8, 8000)
+    assert machine.run(speculation, 1, 0.8, 400) * 1.1 < 400 * 2.28e-3
+
+
+def test_one_draft_more_is_tried_where_one_count_was_all_that_was_seen() -> None:
+    """Else a price that is all for drafting at all would be taken for the price of each, and one draft for all that pays."""
+    costs = CostModel(StepCosts())
+    for _ in range(3):
+        costs.steps.ran(1, 0, 10e-3)
+    costs.steps.ran(1, 1, 13e-3)
+    costs.made(1, 1e-3)
+    assert draft_lengths([0.6], costs, 4, 0.0)[0] == [2]
+    costs.steps.ran(1, 2, 13.1e-3)
+    costs.made(2, 1.1e-3)
+    assert draft_lengths([0.6], costs, 4, 0.0)[0] == [4]
