@@ -16,8 +16,8 @@ Estimates err, so there is an `Account` beside them: it pays what a step with dr
 making them took, both as measured; right drafts pay into it, and each step adds a small share of its own time. What is drafted for
 knowledge only where drafts don't seem to pay, is paid from that share too. So whatever the estimates say, speculation can't lose more
 than the share and what the account held at first. Drafts that pay on average are wrong several times in a row now and then, so what they
-have brought stays in the account, to be lost again: without that a head that is right at two places of three was switched off nearly
-always, and gained 3% where drafting without an account gained 30%. Most of it is forgotten when another text begins.
+have brought stays in the account, to be lost again, or bad luck would switch off for most of a text what pays (the test's simulated clock
+shows it). Most of it is forgotten when another text begins.
 
 Lines are drawn through what was seen, old observations forgotten. Prompt chunks are left out of them: their attention grows with
 themselves. A step without drafts now and then keeps plain(R) true.
