@@ -157,17 +157,20 @@ class EngineConfig:
         if self.attention_backend == "flash_attn":
             self._check_flash_attn()
         if (self.speculative in ("draft", "ngram+draft")) != (self.draft_model is not None):
-            self._fail("draft_model", "names the model that --speculative draft or ngram+draft asks, so each needs the other: it can't be")
+            self._fail(
+                "draft_model",
+                "must name the model that --speculative draft or ngram+draft asks, and be absent otherwise (each needs the other)",
+            )
         if self.draft_top_k > 1 and self.draft_model is None:
             self._fail("draft_top_k", "must be 1 without a draft_model that is an EAGLE, EAGLE-3 or Medusa head")
         if self.draft_states is not None and (
             self.draft_model is None or not all(n.strip().isdigit() for n in self.draft_states.split(","))
         ):
-            self._fail("draft_states", "names numbers of layers, as 2,15,27, and needs a draft_model; it can't be")
+            self._fail("draft_states", "must be numbers of layers, as 2,15,27, beside a draft_model")
         if self.skip_layers is not None and (
             self.speculative != "skip" or re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", self.skip_layers) is None
         ):
-            self._fail("skip_layers", "names layers, as 8-21 or 4,6,8, for --speculative skip; it can't be")
+            self._fail("skip_layers", "must be layers, as 8-21 or 4,6,8, beside --speculative skip")
         if self.lora is not None:
             self._check_lora()
         if self.memory_utilization is not None and not 0 < self.memory_utilization <= 1:

@@ -196,5 +196,5 @@ def test_the_layers_that_are_read_can_be_said(tiny_llama: Path, head_folders: di
         drafting(tiny_llama, head_folders["medusa"], draft_states="2,1,0")
     with pytest.raises(ConfigError, match="is a whole model"):
         drafting(tiny_llama, tiny_llama, draft_states="2,1,0")
-    with pytest.raises(ConfigError, match="draft_states names numbers"):
+    with pytest.raises(ConfigError, match="draft_states must be numbers"):
         drafting(tiny_llama, head_folders["eagle3"], draft_states="last")
