@@ -74,13 +74,21 @@ def test_drift_and_faults_are_seen() -> None:
     assert "of 65536" in faults({"one": {"hip:gfx942": {**report, "shared": 65537}}})[0]
 
 
-def test_an_update_of_some_cases_leaves_the_others_and_drops_what_they_no_longer_launch() -> None:
+def test_an_update_of_some_cases_replaces_theirs_and_leaves_the_others() -> None:
     both = {"cuda:80": {"registers": 1}, "cuda:90": {"registers": 1}}
-    budget = {"triton": triton.__version__, "kernels": {"sample, draw": both, "sample, old": {"cuda:90": {}}, "rotary": both}}
-    reports: dict[str, Any] = {"sample, draw": {"cuda:90": {"registers": 2}}}
-    assert joined(budget, reports, "sample") == {"sample, draw": {**both, "cuda:90": {"registers": 2}}, "rotary": both}
+    kept = {"sample, merge": both, "sample, merge 2": both, "sample, of merged rows": both, "gone": both, "gone, merge": both}
+    budget = {"triton": triton.__version__, "kernels": {"merge, draw": both, "merge, old": {"cuda:90": {}}, "merge, many": both, **kept}}
+    cases = ["sample", "sample, of merged rows", "merge", "merge, many"]
+    reports: dict[str, Any] = {"merge, draw": {"cuda:90": {"registers": 2}}, "sample, of merged rows": {"cuda:90": {"registers": 3}}}
+    updated = {"merge, draw": {**both, "cuda:90": {"registers": 2}}, "sample, of merged rows": {**both, "cuda:90": {"registers": 3}}}
+    half = {"cuda:80": {"registers": 1}}
+    assert joined(budget, reports, cases, "merge") == {**kept, "merge, many": half, **updated}
+    assert joined(budget, reports, cases, "merge, m") == {**budget["kernels"], "merge, many": half, **updated}
+    everything = joined(budget, reports, cases, "")
+    assert everything == {**dict.fromkeys(everything, half), **updated}
+    assert set(everything) == set(budget["kernels"]) - {"merge, old"}
     with pytest.raises(ConfigError, match="update it without --only"):
-        joined({**budget, "triton": "0"}, reports, "sample")
+        joined({**budget, "triton": "0"}, reports, cases, "merge")
 
 
 def test_a_compiler_that_dies_names_its_kernel() -> None:

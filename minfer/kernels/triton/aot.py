@@ -17,9 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,13 +189,27 @@ def drift(reports: dict[str, dict[str, Report]], budget: Report) -> list[str]:
     return found
 
 
-def joined(budget: Report, reports: dict[str, dict[str, Report]], only: str) -> dict[str, dict[str, Report]]:
-    """The budget's kernels with these reports in place of those that a case named like `only` had, for their targets."""
+def owner(label: str, cases: Iterable[str]) -> str | None:
+    """The case that a label is of: itself, or followed by a kernel's name. None where no case has that name any more."""
+    return max((name for name in cases if re.fullmatch(re.escape(name) + r"(, \w+( \d)?)?", label)), key=len, default=None)
+
+
+def joined(budget: Report, reports: dict[str, dict[str, Report]], cases: Iterable[str], only: str) -> dict[str, dict[str, Report]]:
+    """The budget's kernels with these reports in place of those that the compiled of all `cases` had, for their targets.
+
+    Compiled is every case whose name contains `only`. What no case has is dropped where all were compiled, and else kept.
+    """
     if budget["triton"] != triton.__version__ and only:
         raise ConfigError(f"the budget is of Triton {budget['triton']}: update it without --only")
     compiled = {target for by_target in reports.values() for target in by_target}
-    stale = {label: {t: r for t, r in by.items() if only not in label or t not in compiled} for label, by in budget["kernels"].items()}
-    kernels = {label: stale.get(label, {}) | reports.get(label, {}) for label in {*stale, *reports}}
+    names = list(cases)
+    kernels: dict[str, dict[str, Report]] = {}
+    for label, by_target in budget["kernels"].items():
+        of = owner(label, names)
+        stays = bool(only) and (of is None or only not in of)
+        kernels[label] = {target: report for target, report in by_target.items() if stays or target not in compiled}
+    for label, by_target in reports.items():
+        kernels[label] = kernels.get(label, {}) | by_target
     return {label: by_target for label, by_target in kernels.items() if by_target}
 
 
@@ -219,9 +234,11 @@ def main() -> None:
         for target, report in by_target.items():
             print(f"{label:48} {target:11} " + " ".join(f"{name}={value}" for name, value in report.items()))
     if options.update:
+        from minfer.kernels.triton.aot_cases import CASES
         from minfer.kernels.triton.aot_page import write_page
 
-        budget = {"triton": triton.__version__, "kernels": joined(json.loads(BUDGETS.read_text()), reports, options.only)}
+        kernels = joined(json.loads(BUDGETS.read_text()), reports, CASES, options.only)
+        budget = {"triton": triton.__version__, "kernels": kernels}
         BUDGETS.write_text(json.dumps(budget, indent=1, sort_keys=True) + "\n")
         write_page(budget)
     if found:
