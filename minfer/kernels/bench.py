@@ -23,10 +23,11 @@ import torch
 
 from minfer.errors import ConfigError
 from minfer.kernels import Ops, select_ops
-from minfer.kernels.bench_cases import SHAPES, Call, Case, Sizes, cases
+from minfer.kernels.bench_cases import cases
 from minfer.kernels.bench_devices import CpuMachine, GpuMachine, Machine
+from minfer.kernels.bench_shapes import SHAPES, Call, Case, Sizes
 
-OPS = ("rms_norm", "rotary_kv", "act_mul", "argmax", "attention", "linear")
+OPS = ("rms_norm", "rotary_kv", "act_mul", "argmax", "attention", "moe", "linear")
 LIBRARY = "library"
 
 
@@ -37,8 +38,8 @@ def floor_us(case: Case, ceilings: Mapping[str, float]) -> float:
 
 def calls_of(case: Case, tables: Mapping[str, Ops], machine: Machine) -> dict[str, list[Call]]:
     """For each contender the same work on as many operands as it takes to leave the caches. Raises ConfigError for too little memory."""
-    copies = max(1, min(32, machine.cache_bytes // max(case.bytes, 1))) if case.bytes > 65536 else 1
-    needed = max(case.memory, case.bytes) * copies * (len(tables) + 1)
+    copies = max(1, min(32, -(-machine.cache_bytes // case.bytes))) if case.bytes > 65536 else 1
+    needed = ((case.memory or case.bytes) * copies + case.common) * (len(tables) + 1)
     if needed > machine.free_bytes():
         raise ConfigError(f"needs {needed / 2**30:.1f} GiB of memory")
     calls: dict[str, list[Call]] = {}
@@ -84,11 +85,12 @@ def measure_all(options: argparse.Namespace, machine: Machine, tables: Mapping[s
         sizes = Sizes(
             SHAPES[shape], getattr(torch, options.dtype), machine.device, options.context, machine.decode_rows, machine.rounds_inputs
         )
+        found = False
         for rows in options.rows:
-            print(f"\n{shape}, {rows} rows{'us':>30}{'best':>9}{'floor':>7}{'GB/s':>8}{'TFLOP/s':>9}{'x library':>10}", file=options.log)
-            for case in cases(sizes, rows):
-                if case.op not in options.op:
-                    continue
+            for number, case in enumerate(case for case in cases(sizes, rows) if case.op in options.op):
+                found = True
+                if number == 0:
+                    print(_title(f"{shape}, {rows} rows"), file=options.log)
                 where = f"{shape}, {rows} rows, {case.name}"
                 if time.monotonic() > deadline:
                     skipped.append(f"{where}: out of time")
@@ -101,7 +103,13 @@ def measure_all(options: argparse.Namespace, machine: Machine, tables: Mapping[s
                 results += [{"shape": shape, "rows": rows, **entry} for entry in entries]
                 for entry in entries:
                     print(_line(case, entry), file=options.log, flush=True)
+        if not found:
+            skipped.append(f"{shape}: has no {', '.join(options.op)} in steps of {', '.join(map(str, options.rows))} rows")
     return {"results": results, "skipped": skipped}
+
+
+def _title(what: str) -> str:
+    return f"\n{what:47}{'us':>11}{'best':>9}{'floor':>7}{'GB/s':>8}{'TFLOP/s':>9}{'x library':>10}"
 
 
 def _line(case: Case, entry: Mapping[str, Any]) -> str:
@@ -125,7 +133,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print one JSON document to stdout, and everything else to stderr")
     options = parser.parse_args(arguments)
     on_gpu = options.device == "cuda"
-    options.shape = options.shape or (["llama2-7b", "llama3.1-8b", "smollm2-135m"] if on_gpu else ["smollm2-135m"])
+    options.shape = options.shape or [*(("llama2-7b", "llama3.1-8b") if on_gpu else ()), "smollm2-135m", "qwen3-30b-a3b"]
     options.rows = options.rows or ([1, 8, 64, 256, 512, 4096] if on_gpu else [1, 8, 512])
     options.context = options.context or ([128, 4096, 32768] if on_gpu else [512])
     options.backends = options.backends or (["triton"] if on_gpu else ["cpu", "reference"])

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minfer.errors import ConfigError
-from minfer.kernels.bench_cases import KINDS, SHAPES, Sizes, matrices_of, matrix
 from minfer.kernels.bench_devices import GpuMachine, Machine
+from minfer.kernels.bench_shapes import KINDS, SHAPES, Sizes, matrices_of, matrix
 
 if TYPE_CHECKING:
     from minfer.kernels.triton.linear_codes import TritonCodesWeight

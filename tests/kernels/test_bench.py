@@ -11,6 +11,7 @@ import torch
 
 from minfer.kernels import select_ops
 from minfer.kernels.bench import OPS, Call, main, measure_all, parse
+from minfer.kernels.bench_shapes import SHAPES, Mixture, Shape
 from minfer.kernels.cpu.library import find
 
 CEILINGS = {"bandwidth": 1e9, "float32": 1e9, "int8": 0.0}
@@ -42,14 +43,20 @@ class Fake:
 
 
 def measure(machine: Fake, *arguments: str) -> dict[str, Any]:
-    options = parse(["--device", "cpu", "--dtype", "float32", "--shape", "smollm2-135m", "--each", "0", "--json", *arguments])
+    options = parse(["--device", "cpu", "--dtype", "float32", "--each", "0", "--json", "--shape", "smollm2-135m", *arguments])
     return measure_all(options, machine, {"reference": select_ops(torch.device("cpu"), torch.float32, "reference")}, CEILINGS)
 
 
+@pytest.fixture(autouse=True)
+def mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mixture of experts that is small enough for tests: 2 of 16."""
+    monkeypatch.setitem(SHAPES, "mixture", Shape(128, 2, 1, 64, 128, 1000, Mixture(16, 2)))
+
+
 def test_every_op_has_a_line_with_its_bytes_operations_and_library() -> None:
-    measured = measure(Fake(), "--rows", "2", "8", "--context", "16")
+    measured = measure(Fake(), "--shape", "smollm2-135m", "mixture", "--rows", "2", "8", "--context", "16")
     assert {entry["op"] for entry in measured["results"]} == set(OPS)
-    by_name = {(e["rows"], e["case"], e["backend"]): e for e in measured["results"]}
+    by_name = {(e["rows"], e["case"], e["backend"]): e for e in measured["results"] if e["shape"] == "smollm2-135m"}
     dense = by_name[2, "linear dense o [576,576]", "reference"]
     moved, done = 4 * (576 * 576 + 2 * (576 + 576)), 2 * 2 * 576 * 576
     assert dense["gb_per_s"] == pytest.approx(moved / 10e-6 / 1e9)

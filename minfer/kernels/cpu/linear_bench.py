@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 from minfer.errors import ConfigError
-from minfer.kernels.bench_cases import SHAPES, Shape
+from minfer.kernels.bench_shapes import SHAPES, Shape, matrices_of
 from minfer.kernels.cpu.roofline import measure
 from minfer.kernels.cpu.runtime import DTYPES, Runtime
 from minfer.kernels.cpu.weights import Activation, LinearKernels
@@ -62,8 +62,7 @@ def matrix(n: int, k: int, element: str, symmetric: bool) -> torch.Tensor | Pack
 
 
 def model(kernels: LinearKernels, shape: Shape, layers: int, element: str, symmetric: bool, dtype: torch.dtype) -> list[Weight]:
-    qkv, out = (shape.heads + 2 * shape.kv_heads) * shape.head_dim, shape.heads * shape.head_dim
-    sizes = ((qkv, shape.hidden), (shape.hidden, out), (2 * shape.inner, shape.hidden), (shape.hidden, shape.inner))
+    sizes = matrices_of(shape).values()
     weights = []
     for n, k in sizes:
         source = matrix(n, k, element, symmetric)
@@ -115,7 +114,7 @@ def best_seconds(runtime: Runtime, weights: list[Weight], rows: int, dtype: torc
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m minfer.kernels.cpu.linear_bench", description="Times a model's matrix products.")
-    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="model whose sizes are used, without its head")
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="model whose sizes are used, without its head and experts")
     parser.add_argument("--layers", type=int, default=30, help="copies of a layer's matrices: together more than any cache holds")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["q4_1", "q8_0", "bfloat16"])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 512])

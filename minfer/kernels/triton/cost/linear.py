@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from minfer.kernels.bench_cases import SHAPES, matrices_of
+from minfer.kernels.bench_shapes import SHAPES, matrices_of
 from minfer.kernels.ops import Weight
 from minfer.kernels.triton import TritonBackend
 from minfer.kernels.triton.aot import Launch
