@@ -27,7 +27,9 @@ from minfer.kernels.bench_cases import cases
 from minfer.kernels.bench_devices import CpuMachine, GpuMachine, Machine
 from minfer.kernels.bench_shapes import SHAPES, Call, Case, Sizes
 
-OPS = ("rms_norm", "rotary_kv", "act_mul", "argmax", "attention", "moe", "linear")
+OPS = (
+    "rms_norm", "rotary_kv", "lora", "act_mul", "argmax", "sample", "likeliest", "logprobs", "forbid", "attention", "moe", "linear",
+)  # fmt: skip
 LIBRARY = "library"
 
 

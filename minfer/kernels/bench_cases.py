@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from minfer.batch import Batch
+from minfer.batch import Batch, LoraRows
 from minfer.kernels.bench_moe import moe_cases
 from minfer.kernels.bench_shapes import KINDS, Call, Case, Sizes, matrices_of, matrix, prepared
 from minfer.kernels.bench_tokens import token_cases
+from minfer.kernels.lora import SMALLEST_RANK, LoraPart, LoraWeights
 from minfer.kernels.ops import Ops
 from minfer.kvcache import LayerCache
 
 BLOCK_SIZE = 16
+ADAPTERS = 16
 
 
 def cases(sizes: Sizes, rows: int) -> Iterator[Case]:
@@ -26,6 +28,7 @@ def cases(sizes: Sizes, rows: int) -> Iterator[Case]:
     h, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     yield Case("rms_norm", "rms_norm", 4 * rows * h * size, 0, "float32", *_rms_norm(sizes, rows))
     yield Case("rotary_kv", "rotary_kv", 2 * rows * (q + 2 * kv) * size, 0, "float32", _rotary_kv(sizes, rows))
+    yield _lora_case(sizes, rows)
     if shape.mixture is None:
         yield Case("act_mul", "act_mul", 3 * rows * shape.inner * size, 0, "float32", *_act_mul(sizes, rows))
     yield from token_cases(sizes, rows)
@@ -81,6 +84,38 @@ def _act_mul(sizes: Sizes, rows: int) -> tuple[Callable[[Ops], Call], Callable[[
         return lambda: F.silu(gate) * up
 
     return make, library
+
+
+def _lora_case(sizes: Sizes, rows: int) -> Case:
+    """On the qkv product; of `ADAPTERS` each row of a decode step has the next, a prompt has one."""
+    shape, rank = sizes.shape, SMALLEST_RANK
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    outputs, k = (q, kv, kv), shape.hidden
+    n, prompt = sum(outputs), rows > sizes.decode
+    adapters = 1 if prompt else min(rows, ADAPTERS)
+
+    def make(ops: Ops) -> Call:
+        parts = [[LoraPart(sizes.randn(rank, k), sizes.randn(size, rank), 1.0) for size in outputs] for _ in range(adapters)]
+        weights = ops.prepare_lora(LoraWeights.stack(parts, k, outputs, sizes.dtype, sizes.device))
+        x, y, mine = sizes.randn(rows, k), sizes.randn(rows, n), lora_rows(rows, adapters, 64 if prompt else 16, sizes.device)
+        return lambda: ops.lora(y, x, weights, mine)
+
+    weights = rank * (len(outputs) * k + n)
+    moved, name = (adapters * weights + rows * (k + 2 * n)) * sizes.dtype.itemsize, f"lora, {adapters} of rank {rank}, qkv [{n},{k}]"
+    return Case("lora", name, moved, 2 * rows * weights, sizes.unit, make)
+
+
+def lora_rows(rows: int, adapters: int, tile_rows: int, device: torch.device) -> LoraRows:
+    """Row i has adapter i % adapters, in tiles as `runner/lora_rows.py` cuts them."""
+    order: list[int] = []
+    groups, tiles = [], []
+    for number in range(1, adapters + 1):
+        own = range(number - 1, rows, adapters)
+        groups.append((number, len(order), len(own)))
+        tiles += [(number, len(order) + at, min(tile_rows, len(own) - at)) for at in range(0, len(own), tile_rows)]
+        order += own
+    indices, cuts = (torch.tensor(values, dtype=torch.int32, device=device) for values in (order, tiles))
+    return LoraRows(indices, cuts, groups, tile_rows)
 
 
 def _attention_case(sizes: Sizes, rows: int, context: int) -> Case:
