@@ -18,6 +18,7 @@ from compare.errors import CompareError
 from minfer import LLM, SamplingParams
 from minfer.scheduler import Request, ScheduledRequest
 from minfer.speculative import DraftTree, Proposer
+from minfer.speculative.policy import NO_BAR, Bar
 
 RATES = (0.0, 0.5, 0.7, 0.8, 0.9, 1.0)
 PROMPT = list(range(100, 164))
@@ -27,7 +28,7 @@ class Forced:
     """`inner` drafts and pays for it; what it drafts is replaced. `rate` None drafts nothing."""
 
     def __init__(self, inner: Proposer, vocab_size: int) -> None:
-        self.after = inner.after
+        self.after, self.tells_chances = inner.after, inner.tells_chances
         self.inner, self.vocab_size = inner, vocab_size
         self.truth: list[int] = []
         self.rate: float | None = None
@@ -39,10 +40,10 @@ class Forced:
     def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[torch.Tensor], rows: Sequence[Sequence[int]]) -> None:
         self.inner.follow(scheduled, states, rows)
 
-    def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int]]:
+    def propose(self, requests: Sequence[Request], counts: Sequence[int], bar: Bar) -> list[list[int]]:
         if self.rate is None:
             return [[] for _ in requests]
-        drafts = self.inner.propose(requests, counts, 0.0)
+        drafts = self.inner.propose(requests, counts, NO_BAR)
         made = [len(own.tokens if isinstance(own, DraftTree) else own) for own in drafts]
         return [self._replaced(request, count) for request, count in zip(requests, made, strict=True)]
 

@@ -38,25 +38,34 @@ def train_draft(
         float | None, typer.Option(help="Of the answers; the one that the head will be used at. (default: 0 and 0.8 in turn)", min=0.0)
     ] = None,
     depth: Annotated[int, typer.Option(help="Tokens guessed ahead.", min=1, max=16)] = 3,
-    draft_vocab: Annotated[int, typer.Option(help="Ids that the head can guess: the commonest of the answers.", min=16)] = 4096,
+    draft_vocab: Annotated[
+        int | None, typer.Option(help="Ids that the head can guess: the commonest of the answers. (default: 4096)", min=16)
+    ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the answers.", min=1)] = 5,
     batch: Annotated[int, typer.Option(help="Sequences in one training step.", min=1)] = 2,
     learning_rate: Annotated[float, typer.Option(help="Highest rate of AdamW.")] = 1.5e-3,
+    start_from: Annotated[
+        Path | None, typer.Option(help="A head made before, to go on from with other answers (another --seed).", metavar="DIR")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of questions, answers and weights.", min=0)] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: the physical cores).", min=1)] = None,
 ) -> None:
     """Train a drafting head on the model's own answers; use it with --speculative draft --draft-model DIR."""
-    from minfer.training import KINDS, Recipe, publish, train
+    from minfer.training import KINDS, Recipe, publish, read_published, train
 
     if kind not in KINDS:
         raise ConfigError(f"--kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    if start_from is not None and draft_vocab is not None:
+        raise ConfigError("--draft-vocab can't be given with --start-from: a head keeps the ids that it can guess")
+    if start_from is not None:
+        read_published(start_from)  # before the answers are made, which takes long
     known: Any = kind
     folder = out / "training"
     started = time.monotonic()
     target, after = _collected(terminal, model, data, folder, tokens, max_answer, temperature, seed, threads)
     recipe = Recipe(
-        kind=known, depth=depth, vocabulary=draft_vocab, epochs=epochs, batch=batch, max_len=max_answer + 128,
-        learning_rate=learning_rate, seed=seed,
+        kind=known, depth=depth, vocabulary=draft_vocab or 4096, epochs=epochs, batch=batch, max_len=max_answer + 128,
+        learning_rate=learning_rate, seed=seed, start_from=start_from,
     )  # fmt: skip
     head, progress = train(target, recipe, folder, _reporter(terminal, recipe))
     publish(head, kind, after, out, progress.acceptance, model)

@@ -21,6 +21,7 @@ import torch
 from minfer.runner import ModelRunner, RowSpan
 from minfer.sampling import Sampler, SamplingRow
 from minfer.scheduler import Request, ScheduledRequest
+from minfer.speculative.policy import Bar
 from minfer.speculative.verify import DraftRow
 
 Reserve = Callable[[Request, int], int]  # the scheduler's
@@ -35,6 +36,7 @@ class DraftModelProposer:
     """
 
     after: Sequence[int] = ()
+    tells_chances = False
 
     def __init__(self, runner: ModelRunner, sampler: Sampler, reserve: Reserve, max_tokens: int, *, shares_cache: bool = False) -> None:
         self._runner = runner
@@ -56,7 +58,7 @@ class DraftModelProposer:
         self._catch_up([(request, request.num_computed_tokens) for request in prompts])
 
     @torch.inference_mode()
-    def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int]]:
+    def propose(self, requests: Sequence[Request], counts: Sequence[int], bar: Bar) -> list[list[int]]:
         drafts: list[list[int]] = [[] for _ in requests]
         # The last draft is not computed here, so a request's KV needs room for its tokens and all drafts but one.
         room = [self._reserve(request, request.num_tokens + count - 1) for request, count in zip(requests, counts, strict=True)]

@@ -30,6 +30,7 @@ from minfer.runner import HeadRunner, RowSpan
 from minfer.sampling import Sampler, SamplingRow
 from minfer.scheduler import Request, ScheduledRequest
 from minfer.speculative.draft_model import Reserve
+from minfer.speculative.policy import Bar
 from minfer.speculative.tree import DraftTree, Opinion, Sketch
 from minfer.speculative.verify import DraftRow
 
@@ -76,6 +77,8 @@ class EagleProposer:
     `token_ids` are those that the logits speak of, None for all.
     """
 
+    tells_chances = True
+
     def __init__(
         self,
         runner: HeadRunner,
@@ -114,11 +117,11 @@ class EagleProposer:
             self._bring_in(prompts)
 
     @torch.inference_mode()
-    def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int] | DraftTree]:
+    def propose(self, requests: Sequence[Request], counts: Sequence[int], bar: Bar) -> list[list[int] | DraftTree]:
         # The first draft needs no slot, and the last one's is never written.
         room = [self._reserve(request, request.num_tokens + count - 2) for request, count in zip(requests, counts, strict=True)]
         limits = [min(count, held - request.num_tokens + 2) for request, count, held in zip(requests, counts, room, strict=True)]
-        sketches = [Sketch(limit, least) for limit in limits]
+        sketches = [Sketch(limit, bar) for limit in limits]
         going = [index for index, sketch in enumerate(sketches) if sketch.wants_more]
         if sum(self._waiting[requests[index]].count for index in going) > self._max_tokens:
             self._bring_in([requests[index] for index in going])

@@ -18,6 +18,7 @@ from minfer.models.medusa import MedusaHeads
 from minfer.models.redrafter import ReDrafterHead
 from minfer.sampling import Sampler, SamplingRow
 from minfer.scheduler import Request, ScheduledRequest
+from minfer.speculative.policy import Bar
 from minfer.speculative.tree import DraftTree, Opinion, Sketch
 from minfer.speculative.verify import DraftRow
 
@@ -26,6 +27,7 @@ Widen = Callable[[torch.Tensor], torch.Tensor]  # logits over the head's ids -> 
 
 class _FinalStateProposer:
     after: Sequence[int] = (FINAL,)
+    tells_chances = True
 
     def __init__(self, sampler: Sampler, widen: Widen, token_ids: torch.Tensor | None, deepest: int | None, top_k: int) -> None:
         self._sampler, self._widen, self._token_ids = sampler, widen, token_ids
@@ -41,9 +43,9 @@ class _FinalStateProposer:
         self._rows = {item.request: own[-1] for item, own in zip(scheduled, rows, strict=True)}
 
     @torch.inference_mode()
-    def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int] | DraftTree]:
+    def propose(self, requests: Sequence[Request], counts: Sequence[int], bar: Bar) -> list[list[int] | DraftTree]:
         deepest = max(counts, default=0) if self._deepest is None else self._deepest
-        sketches = [Sketch(min(count, deepest), least) for count in counts]
+        sketches = [Sketch(min(count, deepest), bar) for count in counts]
         going = [index for index, sketch in enumerate(sketches) if sketch.wants_more]
         state = self._step[[self._rows[requests[index]] for index in going]]
         memory = torch.zeros_like(state)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from minfer.scheduler import Request, ScheduledRequest
+from minfer.speculative.policy import Bar
 
 MAX_CANDIDATES = 16  # positions tried; in text that repeats a run more often than that, the newest ones are the ones to copy
 MAX_MATCH = 32  # a longer match is no better
@@ -75,6 +76,7 @@ class NgramProposer:
     """An index for each request that was drafted for; `min_match` tokens must agree before a continuation is copied."""
 
     after: Sequence[int] = ()
+    tells_chances = False
 
     def __init__(self, min_match: int) -> None:
         self.min_match = min_match
@@ -87,7 +89,7 @@ class NgramProposer:
         if len(self._indices) > FORGET + 2 * len(scheduled):
             self._indices = {item.request: self._indices[item.request] for item in scheduled if item.request in self._indices}
 
-    def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int]]:
+    def propose(self, requests: Sequence[Request], counts: Sequence[int], bar: Bar) -> list[list[int]]:
         return [self._index(request).continuation(count) for request, count in zip(requests, counts, strict=True)]
 
     def _index(self, request: Request) -> NgramIndex:

@@ -8,9 +8,12 @@ what a right draft saves. So one at depth i, right with probability p^i, is wort
     p^i w > b + c        and all of a step's together while        their right ones' w  >  (b + c) n + e + f
 
 On a device that waits for memory b is near 0 at batch 1, and w goes to b as the batch fills the arithmetic: the same rule makes
-drafts long, short, or switches them off, per request and per step, with no threshold to set. Prices are kept by size of the batch, in
-powers of two: what is known of one sequence says little about thirty. Of a size that is new, a draft is thought to cost what a token
-costs, and a step never has more than twice the drafts that were tried at its size before.
+drafts long, short, or switches them off, per request and per step, with no threshold to set. A proposer that knows how likely each of its
+drafts is goes by that instead of p^i (`Bar`): what it has made is paid for, and worth a check above b / w already, while another is
+worth making where those it has are right with a chance above (b + c) / (p w).
+
+Prices are kept by size of the batch, in powers of two: what is known of one sequence says little about thirty. Of a size that is new,
+a draft is thought to cost what a token costs, and a step never has more than twice the drafts that were tried at its size before.
 
 Estimates err, so there is an `Account` beside them: it pays what a step with drafts took longer than those without them take, and what
 making them took, both as measured; right drafts pay into it, and each step adds a small share of its own time. What is drafted for
@@ -201,6 +204,19 @@ class Account:
             self.seconds = min(self.seconds, KEPT * self._plain)
 
 
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """Chances of being right that drafts must have to pay, for who knows those of his own: a draft and all before it for its check
+    (`check`), and all that there are so far for the making of another (`another`).
+    """
+
+    check: float = 0.0
+    another: float = 0.0
+
+
+NO_BAR = Bar()
+
+
 def draft_length(rate: float, share: float, limit: int) -> int:
     """The largest i <= `limit` with rate^i > share, with the margin."""
     needed = share * MARGIN
@@ -211,9 +227,11 @@ def draft_length(rate: float, share: float, limit: int) -> int:
     return min(limit, int(math.log(needed) / math.log(rate))) if rate < 1 else limit
 
 
-def draft_lengths(rates: Sequence[float], costs: CostModel, limit: int, spare: float, batch: int | None = None) -> tuple[list[int], float]:
-    """How many drafts to make for each of some requests, which go through the model together, and with others where the `batch` is larger;
-    and what chance of being right a draft must have for it and the next to be worth their price.
+def draft_lengths(
+    rates: Sequence[float], costs: CostModel, limit: int, spare: float, batch: int | None = None, told: Sequence[bool] = ()
+) -> tuple[list[int], Bar]:
+    """How many drafts to make for each of some requests, which go through the model together, and with others where the `batch` is larger.
+    Those whose drafts' chances will be `told` get as many as there may be, and the bar ends them.
 
     Where drafts don't pay, `spare` seconds may buy one each for those that are likeliest to be right, to learn whether they do now.
     """
@@ -221,19 +239,20 @@ def draft_lengths(rates: Sequence[float], costs: CostModel, limit: int, spare: f
     batch = batch or count
     worth = costs.plain(batch) / batch if count else 0.0
     if worth <= 0 or spare < 0:
-        return [0] * count, 0.0
+        return [0] * count, NO_BAR
     each, fixed = costs.each(worth), costs.fixed
-    lengths = [draft_length(rate, each / worth, limit) for rate in rates]
-    if costs.steps.most:
-        lengths = _at_most(2 * costs.steps.most, lengths)
+    tried = 2 * costs.steps.most or limit * count
+    lengths = _at_most(tried, [draft_length(rate, each / worth, limit) for rate in rates])
     saved = sum(worth * sum(rate**depth for depth in range(1, length + 1)) for rate, length in zip(rates, lengths, strict=True))
     if saved > MARGIN * (each * sum(lengths) + fixed):
-        if (
-            costs.steps.checking.slope is None and sum(lengths) < 2 * costs.steps.most
-        ):  # of one count alone nobody learns what a further draft costs
+        if costs.steps.checking.slope is None and sum(lengths) < 2 * costs.steps.most:
+            # Of one count alone nobody learns what a further draft costs.
             first = rates.index(max(rates))
             lengths[first] = min(limit, lengths[first] + 1)
-        return lengths, MARGIN * each / worth
+        if any(told):
+            lengths = _at_most(tried, [limit if length and known else length for length, known in zip(lengths, told, strict=True)])
+        usual = sum(rates) / count
+        return lengths, Bar(MARGIN * costs.steps.check(worth) / worth, MARGIN * each / (usual * worth))
     lengths = [0] * count
     left = spare - probe_price(costs, batch)
     for index in sorted(range(count), key=lambda index: -rates[index])[: 2 * costs.steps.most or count]:
@@ -241,7 +260,7 @@ def draft_lengths(rates: Sequence[float], costs: CostModel, limit: int, spare: f
             break
         lengths[index] = 1
         left -= each
-    return lengths, 0.0
+    return lengths, NO_BAR
 
 
 def probe_price(costs: CostModel, batch: int) -> float:

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from minfer.scheduler import Request, ScheduledRequest, SchedulerOutput
-from minfer.speculative.policy import REMEMBER_ALL, SHARE, Acceptance, CostModel, StepCosts, draft_lengths, probe_price
+from minfer.speculative.policy import NO_BAR, REMEMBER_ALL, SHARE, Acceptance, Bar, CostModel, StepCosts, draft_lengths, probe_price
 from minfer.speculative.tree import DraftTree
 
 LOOK_BACK = 16  # steps that a proposer sees before it guesses, where it guesses from the target's states
@@ -25,10 +25,12 @@ FORGET_REQUESTS = 64  # requests that are over, whose acceptance may still be he
 class Proposer(Protocol):
     """Seam 4: guesses the next tokens of requests it follows from step to step.
 
-    `after` names the target's inner states that it wants to see of every token (`Model.forward_states`); () for none.
+    `after` names the target's inner states that it wants to see of every token (`Model.forward_states`); () for none. `tells_chances`: it
+    knows how likely each draft of a greedy request is, and ends where the `bar` says.
     """
 
     after: Sequence[int]
+    tells_chances: bool
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """The step about to run copies these blocks, (from, to), of the KV cache."""
@@ -43,11 +45,8 @@ class Proposer(Protocol):
         """
         ...
 
-    def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> Sequence[list[int] | DraftTree]:
-        """Up to `counts[i]` tokens expected next in `requests[i]`, each of which was followed; fewer, or none, without an idea.
-
-        A draft whose chance is below `least` doesn't pay for its check; who can't tell chances need not care.
-        """
+    def propose(self, requests: Sequence[Request], counts: Sequence[int], bar: Bar) -> Sequence[list[int] | DraftTree]:
+        """Up to `counts[i]` tokens expected next in `requests[i]`, each of which was followed; fewer, or none, without an idea."""
         ...
 
 
@@ -63,7 +62,7 @@ class Source:
         self._costs: dict[int, CostModel] = {}
         self._usual = Acceptance(remember=REMEMBER_ALL)  # of all requests
         self._acceptance: dict[Request, Acceptance] = {}
-        self._least = 0.0  # chance of being right that a draft must have
+        self._bar = NO_BAR
         self._warm = False
 
     def sleeps_through(self, plan: SchedulerOutput) -> bool:
@@ -86,7 +85,9 @@ class Source:
     def counts(self, requests: Sequence[Request], batch: int, limit: int, held: float) -> list[int]:
         """How many drafts to make for each of these, who are among the `batch` of the next step, where drafting may lose `held` seconds."""
         costs = self._costs_of(batch)
-        counts, self._least = draft_lengths([self._known(request).rate for request in requests], costs, limit, held, batch)
+        rates = [self._known(request).rate for request in requests]
+        told = [self.proposer.tells_chances and request.params.greedy for request in requests]
+        counts, self._bar = draft_lengths(rates, costs, limit, held, batch, told)
         plain = costs.plain(batch)
         if self._look_back and plain > 0 and not any(counts):
             missing = probe_price(costs, batch) + self._look_back * self._following - held
@@ -97,7 +98,7 @@ class Source:
         """Gives these their drafts. Returns the seconds that count of making them."""
         started = time.perf_counter()
         made = 0
-        for request, drafts in zip(requests, self.proposer.propose(requests, counts, self._least), strict=True):
+        for request, drafts in zip(requests, self.proposer.propose(requests, counts, self._bar), strict=True):
             tokens, parents = (drafts.tokens, drafts.parents) if isinstance(drafts, DraftTree) else (drafts, [])
             request.draft_token_ids, request.draft_parents = tokens, parents
             made += len(tokens)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 
 from minfer.sampling import SamplingRow
+from minfer.speculative.policy import Bar
 
 Guess = tuple[int, float]  # a token, and the chance that it is the next one if those before it are
 
@@ -48,13 +49,13 @@ class Opinion:
 
 @dataclass(slots=True)
 class Sketch:
-    """What has been guessed for one request: at most `limit` drafts are wanted of it, none with a chance below `least`.
+    """What has been guessed for one request: at most `limit` drafts are wanted of it, none with a chance below the `bar`.
 
     `chance` is that of all drawn guesses being right, `chances` that of each guess behind the drawn ones.
     """
 
     limit: int
-    least: float
+    bar: Bar
     places: list[list[Guess]] = field(default_factory=list)  # at each the drawn token first
     chance: float = 1.0
     chances: list[float] = field(default_factory=list)
@@ -65,7 +66,7 @@ class Sketch:
 
     @property
     def wants_more(self) -> bool:
-        if len(self.places) >= self.limit or self.chance < self.least:
+        if len(self.places) >= self.limit or (self.places and self.chance < self.bar.another):
             return False
         return sum(other > self.chance for other in self.chances) < self.limit  # else a further place has no part in the best tree
 
@@ -82,7 +83,7 @@ class Sketch:
         tokens, chance = [], 1.0
         for (token, own), *_ in self.places:
             chance *= own
-            if chance < self.least:
+            if chance < self.bar.check:
                 break
             tokens.append(token)
         return tokens
@@ -95,7 +96,7 @@ class Sketch:
         def reach(place: int, parent: int, chance: float, drawn: bool) -> None:
             if place < len(self.places) and (drawn or everywhere):
                 for number, (token, own) in enumerate(self.places[place]):
-                    if chance * own >= self.least:
+                    if chance * own >= self.bar.check:
                         heapq.heappush(waiting, (-chance * own, len(waiting), place, parent, token, drawn and number == 0))
 
         reach(0, 0, 1.0, True)

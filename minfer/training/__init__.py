@@ -10,7 +10,7 @@ publish.py    the result, in the layout its kind is published in
 from minfer.training.head import Target
 from minfer.training.loop import KINDS, Kind, Progress, Recipe, common_tokens, train
 from minfer.training.prompts import ask_itself, read_prompts
-from minfer.training.publish import publish
+from minfer.training.publish import publish, read_published
 from minfer.training.samples import TEMPERATURES, collect, shards_in
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "common_tokens",
     "publish",
     "read_prompts",
+    "read_published",
     "shards_in",
     "train",
 ]

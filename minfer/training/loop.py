@@ -22,6 +22,7 @@ from minfer.errors import ConfigError
 from minfer.training.eagle3 import Eagle3
 from minfer.training.head import Head, Target
 from minfer.training.parallel import Medusa, ReDrafter
+from minfer.training.publish import read_published
 from minfer.training.samples import HELD_OUT, batches, shards_in
 
 Kind = Literal["eagle3", "medusa", "redrafter"]
@@ -42,6 +43,7 @@ class Recipe:
     max_len: int = 384
     learning_rate: float = 1.5e-3
     seed: int = 0
+    start_from: Path | None = None  # a published head, whose vocabulary stays
 
 
 @dataclass
@@ -75,8 +77,7 @@ def train(
     if not shards:
         raise ConfigError(f"{folder} holds nothing to train on")
     torch.manual_seed(recipe.seed)
-    vocabulary, _ = common_tokens(shards, recipe.vocabulary, target.config.vocab_size)
-    head = KINDS[recipe.kind](target, vocabulary, recipe.depth)
+    head = _new_head(target, recipe, shards)
     optimizer = torch.optim.AdamW(head.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     progress = Progress(total=recipe.epochs * _count_batches(shards, recipe))
     _restore(folder / CHECKPOINT, head, optimizer, progress, recipe)
@@ -106,6 +107,22 @@ def train(
         _save(folder / CHECKPOINT, head, optimizer, progress, recipe)
         on_step(progress)
     return head, progress
+
+
+def _new_head(target: Target, recipe: Recipe, shards: Sequence[Path]) -> Head:
+    if recipe.start_from is None:
+        vocabulary, _ = common_tokens(shards, recipe.vocabulary, target.config.vocab_size)
+        return KINDS[recipe.kind](target, vocabulary, recipe.depth)
+    tensors, vocabulary = read_published(recipe.start_from)
+    wrong = f"{recipe.start_from} is no {recipe.kind} head of depth {recipe.depth} for this model"
+    if int(vocabulary.max()) >= target.config.vocab_size:
+        raise ConfigError(f"{wrong}: it guesses token {int(vocabulary.max())} of a vocabulary of {target.config.vocab_size}")
+    head = KINDS[recipe.kind](target, vocabulary, recipe.depth)
+    try:
+        head.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ConfigError(f"{wrong}: {' '.join(str(error).split())}") from error
+    return head
 
 
 @torch.no_grad()

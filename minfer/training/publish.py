@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from minfer.config import ModelConfig
+from minfer.errors import ConfigError
 from minfer.training.head import Head
 
 
@@ -37,6 +39,24 @@ def publish(head: Head, kind: str, after: Sequence[int], folder: Path, acceptanc
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.rename(folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_published(folder: Path) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """What `publish` wrote: the head's own tensors, float32, and its vocabulary [Vd]. Raises ConfigError where that isn't there."""
+    file = folder / "model.safetensors"
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{folder} holds no head to start from: {file.name} can't be read ({error})") from error
+    tensors.pop("t2d", None)
+    if "token_map" in tensors:
+        vocabulary = tensors.pop("token_map")
+    elif "d2t" in tensors:
+        offsets = tensors.pop("d2t")
+        vocabulary = offsets + torch.arange(len(offsets))
+    else:
+        raise ConfigError(f"{file} has neither d2t nor token_map, so it can't be told which tokens its head guesses")
+    return {name: tensor.float() for name, tensor in tensors.items()}, vocabulary
 
 
 def _eagle3(config: ModelConfig, vocabulary: int, depth: int, after: list[int]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from minfer.models import FINAL
 from minfer.runner import LoadedModel
 from minfer.sampling_params import SamplingParams
 from minfer.scheduler import Request, ScheduledRequest
+from minfer.speculative.policy import Bar
 
 HELD_OUT = 16  # every so manieth sequence is never trained on
 TEMPERATURES = (0.0, 0.8)  # in turn: most people decode near one of them; what is held out is greedy
@@ -32,6 +33,8 @@ TEMPERATURES = (0.0, 0.8)  # in turn: most people decode near one of them; what 
 
 class Collector:
     """Keeps the inner states of all requests, [tokens, H] for each of `after`."""
+
+    tells_chances = False
 
     def __init__(self, after: Sequence[int]) -> None:
         self.after: Sequence[int] = (*after, FINAL)
@@ -48,7 +51,7 @@ class Collector:
                 kept.clear()  # new, or preempted and begun again
             kept.append((step, own[0], own[-1] + 1))
 
-    def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int]]:
+    def propose(self, requests: Sequence[Request], counts: Sequence[int], bar: Bar) -> list[list[int]]:
         return [[] for _ in requests]
 
     def take(self, request: Request) -> list[torch.Tensor]:

@@ -85,11 +85,33 @@ def test_an_interrupted_training_ends_where_it_would_have(
     assert "is of a training with other settings" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["eagle3", "medusa", "redrafter"])
+def test_a_head_made_before_is_where_another_training_starts(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    first = trained(model, data, tmp_path / "first", capsys, "--kind", kind, "--epochs", "4")
+    flags = ["--data", str(data), *(flag for flag in SMALL if flag not in ("--draft-vocab", "200")), "--kind", kind, "--epochs", "1"]
+    start = ["--start-from", str(tmp_path / "first"), "--learning-rate", "1e-6", "--seed", "9"]
+    assert run(["train-draft", str(model), "--out", str(tmp_path / "second"), *flags, *start, "--json"]) == 0
+    second = json.loads(capsys.readouterr().out)
+    assert second["held_out_acceptance"] == pytest.approx(first["held_out_acceptance"], abs=0.05), "at this rate nothing is learned"
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.allclose(tensor.float(), after[name].float(), atol=1e-2), name
+    assert run(["train-draft", str(model), "--out", str(tmp_path / "third"), *flags, *start, "--draft-vocab", "100"]) == 2
+    assert "a head keeps the ids that it can guess" in capsys.readouterr().err
+    other = "medusa" if kind == "eagle3" else "eagle3"
+    assert run(["train-draft", str(model), "--out", str(tmp_path / "second"), *flags, *start, "--kind", other]) == 2
+    assert f"first is no {other} head of depth 3 for this model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "why"),
     [
         (["--kind", "magic"], "--kind must be one of eagle3, medusa, redrafter"),
         (["--data", "/no/such/file"], "--data /no/such/file can't be read"),
+        (["--start-from", "/no/such/head"], "/no/such/head holds no head to start from"),
     ],
 )
 def test_what_can_not_be_done_is_one_sentence(

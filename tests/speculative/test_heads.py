@@ -18,6 +18,7 @@ from minfer import LLM, SamplingParams
 from minfer.errors import ConfigError, ModelLoadError
 from minfer.loader.heads import is_head, read_head
 from minfer.scheduler import Request
+from minfer.speculative.policy import Bar
 
 BASE: dict[str, Any] = {"dtype": "float32", "threads": 1, "max_model_len": 256, "kv_cache_memory": 2**22, "block_size": 4}
 # Few ids, so that a head without any training is right now and then, and what it does after that is seen too.
@@ -35,8 +36,8 @@ def watch(llm: LLM) -> list[tuple[list[int], int, list[int]]]:
     proposer = llm.engine.core.speculation.sources[0].proposer  # type: ignore[union-attr]
     propose, seen = proposer.propose, []
 
-    def watched(requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int]]:
-        drafts = propose(requests, counts, least)
+    def watched(requests: Sequence[Request], counts: Sequence[int], bar: Bar) -> list[list[int]]:
+        drafts = propose(requests, counts, bar)
         seen.extend((list(request.token_ids), count, said) for request, count, said in zip(requests, counts, drafts, strict=True))
         return drafts
 
@@ -84,8 +85,8 @@ def test_pairs_that_waited_and_prefixes_from_the_cache_guess_the_same(tiny_llama
     other = drafting(tiny_llama, head_folders[name], prefix_caching=True)
     proposer = other.engine.core.speculation.sources[0].proposer  # type: ignore[union-attr]
     propose = proposer.propose
-    proposer.propose = lambda requests, counts, least: (  # type: ignore[method-assign, assignment]
-        propose(requests, counts, least) if requests and len(requests[0].output_token_ids) > 9 else [[] for _ in requests]
+    proposer.propose = lambda requests, counts, bar: (  # type: ignore[method-assign, assignment]
+        propose(requests, counts, bar) if requests and len(requests[0].output_token_ids) > 9 else [[] for _ in requests]
     )
     second = watch(other)
     for _ in range(2):
@@ -122,9 +123,9 @@ def test_a_request_that_is_not_drafted_for_keeps_its_newest_pairs_only(
     proposer = core.speculation.sources[0].proposer  # type: ignore[union-attr]
     propose, waited = proposer.propose, []
 
-    def late(requests: Sequence[Request], counts: Sequence[int], least: float) -> Any:
+    def late(requests: Sequence[Request], counts: Sequence[int], bar: Bar) -> Any:
         waited.extend((proposer._waiting[request].count, request.num_tokens) for request in requests)  # type: ignore[union-attr]
-        return propose(requests, counts, least) if len(requests[0].output_token_ids) > 20 else [[] for _ in requests]
+        return propose(requests, counts, bar) if len(requests[0].output_token_ids) > 20 else [[] for _ in requests]
 
     proposer.propose = late  # type: ignore[method-assign, assignment]
     said = llm.generate(prompts(), PARAMS, use_tqdm=False)

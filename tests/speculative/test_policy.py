@@ -18,16 +18,19 @@ from minfer.speculative.policy import (
     HELD,
     KEPT,
     MARGIN,
+    NO_BAR,
     PRIOR,
     SHARE,
     Acceptance,
     Account,
+    Bar,
     CostModel,
     StepCosts,
     draft_length,
     draft_lengths,
 )
 from minfer.speculative.source import LOOK_BACK
+from minfer.speculative.tree import Sketch
 
 
 def model_of(
@@ -115,14 +118,28 @@ def test_a_draft_is_made_while_its_chance_is_above_its_cost(rate: float, share: 
 def test_what_it_costs_to_draft_at_all_must_be_saved_too() -> None:
     """Plain steps of 10 ms, 1 ms for each draft: at 0.5 three are worth 8.75 ms for 3 ms, unless drafting at all costs 6."""
     cheap, dear = (model_of((10e-3, 0.0), (0.0, 1e-3), making=(fixed, 0.0)) for fixed in (0.0, 6e-3))
-    assert draft_lengths([0.5], cheap, 8, 0.0) == ([draft_length(0.5, 0.1, 8)], pytest.approx(MARGIN * 0.1))
+    assert draft_lengths([0.5], cheap, 8, 0.0)[0] == [draft_length(0.5, 0.1, 8)]
     assert MARGIN * (3 + 6) > 8.75
     assert draft_lengths([0.5], dear, 8, 0.0)[0] == [0]
     assert draft_lengths([0.5], dear, 8, 7.1e-3)[0] == [1]  # there is time to find out
     assert draft_lengths([0.5], cheap, 8, -1e-9)[0] == [0]  # the account is overdrawn
     three = model_of((0.0, 10e-3), (0.0, 1e-2), sizes=(3,))
     assert draft_lengths([0.05, 0.09, 0.02], three, 8, 2.1e-2)[0] == [1, 1, 0]  # the likeliest first
-    assert draft_lengths([], cheap, 8, 1.0) == ([], 0.0)
+    assert draft_lengths([], cheap, 8, 1.0) == ([], NO_BAR)
+
+
+def test_chances_that_are_told_take_the_place_of_a_rate() -> None:
+    """Steps of 10 ms, 1 ms to check a draft and 2 ms to make it."""
+    costs = model_of((10e-3, 0.0), (0.0, 1e-3), making=(0.0, 2e-3))
+    (length,), bar = draft_lengths([0.5], costs, 8, 0.0)
+    check, each = costs.steps.check(10e-3) / 10e-3, costs.each(10e-3) / 10e-3
+    assert length == draft_length(0.5, each, 8) == 1
+    assert (bar.check, bar.another) == pytest.approx((MARGIN * check, MARGIN * each / 0.5))
+    assert draft_lengths([0.5], costs, 8, 0.0, told=[True])[0] == [8]
+    assert draft_lengths([0.2], costs, 8, 0.0, told=[True])[0] == [0], "whether to draft at all is for the rate to say"
+    assert draft_lengths([0.2], costs, 8, 1.0, told=[True]) == ([1], NO_BAR), "and what is drafted for knowledge is one"
+    costs = model_of((20e-3, 0.0), (0.0, 1e-3), making=(0.0, 2e-3), sizes=(2,))
+    assert draft_lengths([0.5, 0.5], costs, 8, 0.0, told=[True, False])[0] == [7, 1], "twice what was tried, which is four"
 
 
 def test_what_is_new_is_tried_in_small_steps() -> None:
@@ -193,6 +210,7 @@ class Machine:
     """A clock, and a proposer whose drafts are right with the given chance; both cost what they are told to."""
 
     after: Sequence[int] = ()
+    tells_chances = False
 
     def __init__(self, step: tuple[float, float], making: tuple[float, float], seed: int) -> None:
         self.now, self.step, self.making = 0.0, step, making
@@ -202,6 +220,9 @@ class Machine:
 
     def perf_counter(self) -> float:
         return self.now
+
+    def is_right(self, chance: float, request: Request, number: int) -> bool:
+        return self.random.random() < chance
 
     def spend(self, line: tuple[float, float], count: int) -> float:
         seconds = (line[0] + line[1] * count) * self.random.uniform(0.9, 1.1)
@@ -214,7 +235,7 @@ class Machine:
         self.seen.append("step")
         self.now += self.looking
 
-    def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int]]:
+    def propose(self, requests: Sequence[Request], counts: Sequence[int], bar: Bar) -> list[list[int]]:
         if requests:
             self.seen.append("drafts")
             self.spend(self.making, sum(counts))
@@ -239,7 +260,7 @@ class Machine:
             plan = SchedulerOutput(items, one_each=total == len(items))
             seconds = self.spend(self.step, total)
             for item in items:
-                right = next((n for n in range(len(item.drafts)) if self.random.random() >= chance), len(item.drafts))
+                right = next((n for n in range(len(item.drafts)) if not self.is_right(chance, item.request, n)), len(item.drafts))
                 item.kept = range(1, right + 1)
                 if item.drafts:
                     speculation.verified(item)
@@ -250,6 +271,38 @@ class Machine:
             speculation.ran(plan, seconds)
             speculation.draft(plan)
         return (self.now - begun) / (sum(len(request.output_token_ids) for request in requests) - sequences) * sequences * tokens
+
+
+class Teller(Machine):
+    """Knows the chance of each of its drafts, which differ; one pass makes one draft for all."""
+
+    def __init__(self, tells_chances: bool, seed: int) -> None:
+        super().__init__((2.0e-3, 0.28e-3), (0.3e-3, 0.0), seed)
+        self.tells_chances = tells_chances
+        self.sketches: dict[Request, Sketch] = {}
+
+    def propose(self, requests: Sequence[Request], counts: Sequence[int], bar: Bar) -> list[list[int]]:
+        sketches = [Sketch(count, bar if self.tells_chances else NO_BAR) for count in counts]
+        self.sketches = dict(zip(requests, sketches, strict=True))
+        while going := [sketch for sketch in sketches if sketch.wants_more]:
+            self.spend(self.making, 1)
+            for sketch in going:
+                sketch.add([(0, self.random.choice([0.05, 0.1, 0.2, 0.3, 0.5, 0.9, 0.95, 0.98]))])
+        return [sketch.chain() for sketch in sketches]
+
+    def is_right(self, chance: float, request: Request, number: int) -> bool:
+        return super().is_right(self.sketches[request].places[number][0][1], request, number)
+
+
+def test_whoever_knows_his_chances_gains_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of all drafts are right, and it is as good as known of most which."""
+    seconds = {}
+    for tells in (False, True):
+        machine = Teller(tells, seed=1)
+        monkeypatch.setattr("minfer.speculative.source.time", SimpleNamespace(perf_counter=machine.perf_counter))
+        speculation = Speculation([machine], 4)
+        seconds[tells] = sum(machine.run(speculation, 1, 0.0, 160) for _ in range(30)) / (30 * 160 * 2.28e-3)
+    assert seconds[True] < 0.96 * seconds[False] < 0.96 * 0.9
 
 
 @pytest.mark.parametrize("sequences", [1, 4, 32])

@@ -24,7 +24,7 @@ from minfer.models import FINAL
 from minfer.sampling import Sampler
 from minfer.scheduler import Request, ScheduledRequest
 from minfer.speculative import DraftRow, accepted
-from minfer.speculative.policy import StepCosts
+from minfer.speculative.policy import Bar, StepCosts
 from minfer.structured_outputs import StructuredOutputsParams
 
 BASE: dict[str, Any] = {"dtype": "float32", "threads": 1, "max_model_len": 256, "kv_cache_memory": 2**22}
@@ -225,6 +225,7 @@ class Oracle:
     """Guesses from a known continuation: all of it right, none of it, or every third token wrong."""
 
     after: Sequence[int] = ()
+    tells_chances = False
 
     def __init__(self, truth: list[int], kind: str) -> None:
         self.truth, self.kind = truth, kind
@@ -233,7 +234,7 @@ class Oracle:
 
     def follow(self, scheduled: Sequence[ScheduledRequest], states: Sequence[torch.Tensor], rows: Sequence[Sequence[int]]) -> None: ...
 
-    def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int]]:
+    def propose(self, requests: Sequence[Request], counts: Sequence[int], bar: Bar) -> list[list[int]]:
         if self.kind == "hostile":  # ends of text, padding ids, ids beside the grammar, more of them than there is room for
             return [[2, 511, 0, 2, *range(50)][:count] for count in counts]
         wrong = {"always": lambda n: False, "never": lambda n: True, "sometimes": lambda n: n % 3 == 2}[self.kind]
@@ -338,8 +339,8 @@ def test_a_proposer_sees_the_inner_states_of_the_tokens_that_stand(tiny_llama: P
 class Now(Oracle):
     """Has an idea at every third token only."""
 
-    def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int]]:
-        drafts = super().propose(requests, counts, least)
+    def propose(self, requests: Sequence[Request], counts: Sequence[int], bar: Bar) -> list[list[int]]:
+        drafts = super().propose(requests, counts, bar)
         return [[] if request.num_tokens % 3 else own[:1] for request, own in zip(requests, drafts, strict=True)]
 
 

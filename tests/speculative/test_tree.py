@@ -18,6 +18,7 @@ from minfer import LLM, SamplingParams
 from minfer.errors import ConfigError
 from minfer.scheduler import Request
 from minfer.speculative import DraftTree, accepted, trunk, way
+from minfer.speculative.policy import NO_BAR, Bar
 from minfer.speculative.tree import Opinion, Sketch
 
 chances = st.lists(st.floats(0.05, 0.6), min_size=1, max_size=3)
@@ -25,7 +26,7 @@ chances = st.lists(st.floats(0.05, 0.6), min_size=1, max_size=3)
 
 @given(places=st.lists(chances, min_size=1, max_size=3), budget=st.integers(1, 12), everywhere=st.booleans())
 def test_the_likeliest_nodes_are_drafted(places: list[list[float]], budget: int, everywhere: bool) -> None:
-    sketch = Sketch(budget, 0.01)
+    sketch = Sketch(budget, Bar(0.01, 0.01))
     for place, owns in enumerate(places):
         sketch.add([(10 * place + number, own) for number, own in enumerate(owns)])
     tree = sketch.tree(budget, everywhere)
@@ -50,7 +51,7 @@ def test_the_likeliest_nodes_are_drafted(places: list[list[float]], budget: int,
 
 
 def test_a_chain_ends_where_it_is_not_worth_it() -> None:
-    sketch = Sketch(8, 0.3)
+    sketch = Sketch(8, Bar(0.3, 0.3))
     for own in (0.9, 0.5, 0.5):
         assert sketch.wants_more
         sketch.add([(7, own)])
@@ -58,8 +59,16 @@ def test_a_chain_ends_where_it_is_not_worth_it() -> None:
     assert sketch.chain() == [7, 7]
 
 
+def test_what_is_made_is_checked_where_another_would_not_pay() -> None:
+    sketch = Sketch(8, Bar(check=0.2, another=0.5))
+    assert sketch.wants_more
+    sketch.add([(7, 0.4)])
+    assert not sketch.wants_more
+    assert sketch.chain() == [7]
+
+
 def test_a_place_that_can_not_be_among_the_best_is_not_asked_for() -> None:
-    sketch = Sketch(2, 0.0)
+    sketch = Sketch(2, NO_BAR)
     sketch.add([(1, 0.4), (2, 0.3), (3, 0.2)])
     assert sketch.wants_more  # behind 1 there may be one of 0.4
     sketch.add([(4, 0.5), (5, 0.2)])
@@ -107,7 +116,7 @@ class Grower(Oracle):
         self.random = random.Random(4)
         self.branched = 0
 
-    def propose(self, requests: Sequence[Request], counts: Sequence[int], least: float) -> list[list[int] | DraftTree]:
+    def propose(self, requests: Sequence[Request], counts: Sequence[int], bar: Bar) -> list[list[int] | DraftTree]:
         return [self._tree(self.truth[len(request.output_token_ids) :], count) for request, count in zip(requests, counts, strict=True)]
 
     def _tree(self, truth: list[int], count: int) -> DraftTree:
@@ -180,8 +189,8 @@ def test_heads_draft_trees_whose_trunk_is_their_chain(tiny_llama: Path, head_fol
         proposer = llm.engine.core.speculation.sources[0].proposer  # type: ignore[union-attr]
         propose, seen = proposer.propose, {}
 
-        def watched(requests: Any, counts: Any, least: float, propose: Any = propose, seen: Any = seen) -> Any:
-            drafts = propose(requests, counts, least)
+        def watched(requests: Any, counts: Any, bar: Bar, propose: Any = propose, seen: Any = seen) -> Any:
+            drafts = propose(requests, counts, bar)
             seen.update((tuple(request.token_ids), said) for request, said in zip(requests, drafts, strict=True))
             return drafts
 
