@@ -51,6 +51,7 @@ class Line:
     def __init__(self) -> None:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
         self.slope: float | None = None  # unknown while one count only was seen; after that the last one known
+        self.varied = False  # whether what is remembered has more than one count
 
     def __bool__(self) -> bool:
         """Whether anything was seen."""
@@ -64,7 +65,8 @@ class Line:
         self._xy = self._xy * FORGET + count * seconds
         mean = self._x / self._weight
         variance = self._xx / self._weight - mean**2
-        if variance > 0.01:
+        self.varied = variance > 0.01
+        if self.varied:
             self.slope = (self._xy / self._weight - mean * self._y / self._weight) / variance
 
     def at(self, count: float) -> float:
@@ -75,10 +77,11 @@ class Line:
 
     @property
     def more(self) -> float:
-        """Seconds for one more, never below 0. Where the count never varied, all of it is thought to be the counts' doing."""
-        if self.slope is not None:
-            return max(0.0, self.slope)
-        return max(0.0, self._y / self._x) if self._x else 0.0
+        """Seconds for one more, never below 0. Where the count never varied, all of it is thought to be the counts' doing; and never is
+        more than that: a line through noise that says so may be long out of date.
+        """
+        everything = max(0.0, self._y / self._x) if self._x else 0.0
+        return everything if self.slope is None else min(everything, max(0.0, self.slope))
 
     @property
     def fixed(self) -> float:
@@ -245,10 +248,11 @@ def draft_lengths(
     lengths = _at_most(tried, [draft_length(rate, each / worth, limit) for rate in rates])
     saved = sum(worth * sum(rate**depth for depth in range(1, length + 1)) for rate, length in zip(rates, lengths, strict=True))
     if saved > MARGIN * (each * sum(lengths) + fixed):
-        if costs.steps.checking.slope is None and sum(lengths) < 2 * costs.steps.most:
-            # Of one count alone nobody learns what a further draft costs.
-            first = rates.index(max(rates))
-            lengths[first] = min(limit, lengths[first] + 1)
+        first = rates.index(max(rates))
+        if not costs.steps.checking.varied and sum(lengths) < tried and lengths[first] < limit:
+            # Of one count alone nobody learns what a further draft costs, nor that it costs less than it once seemed to.
+            lengths[first] += 1
+            return lengths, NO_BAR
         if any(told):
             lengths = _at_most(tried, [limit if length and known else length for length, known in zip(lengths, told, strict=True)])
         usual = sum(rates) / count

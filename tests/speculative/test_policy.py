@@ -377,3 +377,22 @@ def test_one_draft_more_is_tried_where_one_count_was_all_that_was_seen() -> None
     costs.steps.ran(1, 2, 13.1e-3)
     costs.made(2, 1.1e-3)
     assert draft_lengths([0.6], costs, 4, 0.0)[0] == [4]
+
+
+def test_a_price_that_noise_made_is_found_out() -> None:
+    """A second draft once seemed to take as long as a step: single ones must not go on for good."""
+    costs = model_of((10e-3, 0.0), None)
+    for count, seconds in ((1, 11e-3), (2, 21e-3)):
+        costs.steps.ran(1, count, seconds)
+        costs.made(count, 1e-4)
+    assert draft_lengths([0.3], costs, 4, 0.0, told=[True])[0] == [0]
+    for _ in range(200):
+        costs.steps.ran(1, 1, 11e-3)
+        costs.made(1, 1e-4)
+    assert costs.each(10e-3) == pytest.approx(1e-3, rel=0.01)
+    assert draft_lengths([0.3], costs, 4, 0.0, told=[True]) == ([2], NO_BAR)
+    costs.steps.ran(1, 2, 11.5e-3)
+    costs.made(2, 2e-4)
+    lengths, bar = draft_lengths([0.3], costs, 4, 0.0, told=[True])
+    assert lengths == [4]
+    assert bar.another < 0.5
