@@ -38,6 +38,7 @@ from minfer.quant import PackedWeight
 
 logger = logging.getLogger("minfer.kernels")
 
+_NormPair = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 _Logprobs = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
 OP_NAMES = ("rms_norm", "rotary_kv", "attention", "act_mul", "argmax", "lora")
@@ -187,6 +188,9 @@ class Ops:
         # likeliest: logits [S, V] float32 -> the lowest best ids [S] int64 and their probabilities [S] float32; -1 and NaN where a row has
         # no distribution.
         self.likeliest: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = _optional(backends, "likeliest")
+        # norm_pair: (a[T, H], its weight[H], b[T, H], its weight[H], eps) -> norm(a) | norm(b), [T, 2 H]: two `rms_norm`s side by side,
+        # without the copies that would bring them there.
+        self.norm_pair: _NormPair | None = _optional(backends, "norm_pair")
         # forbid: (logits [S, V] float32, bits [R, W] int32, rows [R] int64 or None: all) sets what has no bit to -inf.
         self.forbid: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None] | None = _optional(backends, "forbid")
         # Brings tensors to the host, see `fetch.py`; a backend that only plays a device has its own.

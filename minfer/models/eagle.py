@@ -6,8 +6,7 @@
 The state is the target's where it has been computed, and the head's own last output behind that. What EAGLE-1 calls the state is
 what the target's head sees (after the last norm); EAGLE-3's are streams between layers. (Li et al., arXiv 2401.15077, 2503.01840.)
 
-`inputs` makes of a pair what the layer reads, by concatenations, which are no ops of the table; `forward` is the layer, which EAGLE-3's
-computes through ops alone and so can be recorded.
+EAGLE-3's computes through ops alone, where `norm_pair` is one, and so can be recorded.
 """
 
 from __future__ import annotations
@@ -59,20 +58,13 @@ class EagleHead(nn.Module):
         """The target's states of some tokens, side by side, [T, F * H] -> what the layer takes for them, [T, H]."""
         return states
 
-    @property
-    def input_widths(self) -> tuple[int]:
-        """Of `inputs`."""
-        return (2 * self.config.hidden_size,)
-
-    def inputs(self, embeddings: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What the layer reads of the next tokens' embeddings[T, H] and the state[T, H] before them."""
+    def forward(self, batch: Batch, cache: KVCache, embeddings: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next tokens' embeddings[T, H] and the state[T, H] before them -> what to guess from, and the state that stands for it later,
+        [T, H] each.
+        """
         if self.inputs_normed:
             embeddings, state = self.embedding_layernorm(embeddings, None)[0], self.hidden_states_layernorm(state, None)[0]
-        return (torch.cat((embeddings, state), -1),)
-
-    def forward(self, batch: Batch, cache: KVCache, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What to guess from, and the state that stands for it later, [T, H] each."""
-        x = self.midlayer(self.fc(both), batch, cache.layers[0])
+        x = self.midlayer(self.fc(torch.cat((embeddings, state), -1)), batch, cache.layers[0])
         return x, x
 
 
@@ -107,17 +99,10 @@ class Eagle3Head(nn.Module):
     def states(self, states: torch.Tensor) -> torch.Tensor:
         return self.fc(states)  # type: ignore[no-any-return]
 
-    @property
-    def input_widths(self) -> tuple[int, int]:
-        """Of `inputs`."""
-        return 2 * self.config.hidden_size, self.config.hidden_size
-
-    def inputs(self, embeddings: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        normed, _ = self.midlayer.hidden_norm(state, None)
-        both = torch.cat((self.midlayer.input_layernorm(embeddings, None)[0], normed), -1)
-        return both, normed if self.norm_before_residual else state
-
-    def forward(self, batch: Batch, cache: KVCache, both: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, batch: Batch, cache: KVCache, embeddings: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `EagleHead.forward`."""
+        both = self.midlayer.normed(embeddings, state)
+        residual = both[:, state.shape[1] :] if self.norm_before_residual else state
         x, residual = self.midlayer(both, residual, batch, cache.layers[0])
         return self.norm(x, residual)  # type: ignore[no-any-return]
 
@@ -142,11 +127,19 @@ class _FusingLayer(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops, rope: torch.Tensor, device: torch.device) -> None:
         super().__init__()
         h = config.hidden_size
+        self.ops = ops
         self.input_layernorm = RMSNorm(ops, h, config.rms_norm_eps, device=device)
         self.hidden_norm = RMSNorm(ops, h, config.rms_norm_eps, device=device)
         self.self_attn = Attention(ops, config, 0, rope, device=device, inputs=2 * h)
         self.post_attention_layernorm = RMSNorm(ops, h, config.rms_norm_eps, device=device)
         self.mlp = GatedMLP(ops, config, device=device)
+
+    def normed(self, embeddings: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """Side by side, [T, 2 H]."""
+        first, second = self.input_layernorm, self.hidden_norm
+        if self.ops.norm_pair is None:
+            return torch.cat((first(embeddings, None)[0], second(state, None)[0]), -1)
+        return self.ops.norm_pair(embeddings, first.weight, state, second.weight, first.eps)
 
     def forward(self, both: torch.Tensor, residual: torch.Tensor, batch: Batch, cache: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:
         x, residual = self.post_attention_layernorm(self.self_attn(both, batch, cache), residual)

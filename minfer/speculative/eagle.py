@@ -130,7 +130,7 @@ class EagleProposer:
             guesses, state = self._runner.run(spans, state)
             self._guess(guesses, [requests[index] for index in going], [sketches[index] for index in going])
             staying = [row for row, index in enumerate(going) if sketches[index].wants_more]
-            state = state if len(staying) == len(going) else state[staying]
+            state = state[staying] if 0 < len(staying) < len(going) else state
             going = [going[row] for row in staying]
             spans = [_next_span(requests[index], sketches[index].drawn) for index in going]
         if self._top_k > 1:

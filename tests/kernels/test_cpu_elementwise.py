@@ -35,6 +35,16 @@ def test_rms_norm(cpu: CpuBackend, shape: tuple[int, int], dtype: torch.dtype, w
     torch.testing.assert_close(out.double(), expected, rtol=2 * EPSILON[dtype], atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pair_of_norms_is_two_norms_side_by_side(cpu: CpuBackend, dtype: torch.dtype) -> None:
+    a, b = (torch.randn(3, 99, dtype=dtype)[:, :75] for _ in range(2))
+    weights = torch.randn(2, 75, dtype=dtype)
+    both = cpu.norm_pair(a, weights[0], b, weights[1], 1e-5)
+    assert torch.equal(both, torch.cat((cpu.rms_norm(a, weights[0], 1e-5)[0], cpu.rms_norm(b, weights[1], 1e-5)[0]), 1))
+    with pytest.raises(ConfigError, match="two tensors of one shape"):
+        cpu.norm_pair(a, weights[0], b[:2], weights[1], 1e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (1, 1, 2), (4, 2, 10), (3, 1, 128), (2, 2, 80)])
 def test_rotary(cpu: CpuBackend, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:

@@ -37,8 +37,8 @@ class CpuBackend(Backend):
         self.linear_kernels = LinearKernels(runtime, activation)
         self._rms_norm = runtime.op(
             "rms_norm",
-            "ptr x, ptr residual, ptr weight, ptr out, ptr sum, int rows, int width, int x_stride, int residual_stride, int dtype, "
-            "int weight_dtype, double eps",
+            "ptr x, ptr residual, ptr weight, ptr out, ptr sum, int rows, int width, int x_stride, int residual_stride, int out_stride, "
+            "int dtype, int weight_dtype, double eps",
         )
         self._qk_norm = runtime.op(
             "qk_norm",
@@ -108,8 +108,19 @@ class CpuBackend(Backend):
             total = runtime.empty((rows, width), x.dtype)
         residual_stride = 0 if residual is None else _row_stride(residual, "residual")
         pointers = (runtime.ptr(x), runtime.ptr(residual), runtime.ptr(weight), runtime.ptr(out), runtime.ptr(total))
-        self._rms_norm(*pointers, rows, width, stride, residual_stride, _code(x), _code(weight), eps)
+        self._rms_norm(*pointers, rows, width, stride, residual_stride, width, _code(x), _code(weight), eps)
         return out, total
+
+    def norm_pair(self, a: torch.Tensor, a_weight: torch.Tensor, b: torch.Tensor, b_weight: torch.Tensor, eps: float) -> torch.Tensor:
+        _same_type("b", b, a)
+        (rows, width), ptr = a.shape, self.runtime.ptr
+        if b.shape != a.shape:
+            raise ConfigError(f"a pair of norms takes two tensors of one shape, not {list(a.shape)} and {list(b.shape)}")
+        out = self.runtime.empty((rows, 2 * width), a.dtype)
+        for x, weight, half in ((a, a_weight, out[:, :width]), (b, b_weight, out[:, width:])):
+            pointers = (ptr(x), 0, ptr(weight), ptr(half), 0)
+            self._rms_norm(*pointers, rows, width, _row_stride(x, "x"), 0, 2 * width, _code(x), _code(weight), eps)
+        return out
 
     def qk_norm(self, q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float) -> None:
         _same_type("k", k, q)

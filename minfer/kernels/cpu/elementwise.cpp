@@ -21,9 +21,9 @@ struct RmsNormArgs {
   const void* x;         // [rows, width], rows x_stride elements apart
   const void* residual;  // the same, or nullptr
   const void* weight;    // [width]
-  void* out;             // [rows, width]
+  void* out;             // [rows, width], rows out_stride elements apart
   void* sum;             // [rows, width], x + residual; unused without a residual
-  int64_t rows, width, x_stride, residual_stride, dtype, weight_dtype;
+  int64_t rows, width, x_stride, residual_stride, out_stride, dtype, weight_dtype;
   double eps;
 };
 
@@ -55,7 +55,7 @@ void rms_norm(const RmsNormArgs& a, Pool& pool) {
         const T* residual = static_cast<const T*>(a.residual);
         rms_norm_row(static_cast<const T*>(a.x) + row * a.x_stride,
                      residual == nullptr ? nullptr : residual + row * a.residual_stride, static_cast<const W*>(a.weight),
-                     static_cast<T*>(a.out) + row * a.width, static_cast<T*>(a.sum) + row * a.width, a.width,
+                     static_cast<T*>(a.out) + row * a.out_stride, static_cast<T*>(a.sum) + row * a.width, a.width,
                      static_cast<float>(a.eps));
       });
     });
