@@ -3,8 +3,8 @@
 On the CPU an EAGLE-3 pass is recorded like a model's step (`runner/graphs.py`), from the tokens' embeddings on: its products take
 microseconds, and the Python between them would take longer. What a recorded step reads besides its batch must lie where it lay before, so
 the states are copied to a buffer of the largest size, of which only the rows in use are ever touched. On a GPU the pass is in CUDA graphs
-as a model's step is (`runner/decode_graphs.py`), over the same buffer. Left out: recording EAGLE-1's on the CPU, which concatenates and adds
-by what are no ops.
+as a model's step is (`runner/decode_graphs.py`), over the same buffer. Left out: recording EAGLE-1's on the CPU, which concatenates and
+adds by what are no ops.
 """
 
 from __future__ import annotations
