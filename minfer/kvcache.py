@@ -34,8 +34,8 @@ from dataclasses import dataclass
 
 import torch
 
-from minfer.config import ModelConfig
 from minfer.errors import ConfigError
+from minfer.model_config import ModelConfig
 
 SCALE_DTYPE = torch.bfloat16  # float32's range, so that no row is too large or too small for its scale
 

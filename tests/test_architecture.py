@@ -17,6 +17,7 @@ PACKAGE = ROOT / "minfer"
 ROOMS = [
     "errors",
     "config",
+    "model_config",
     "structured_outputs",
     "sampling_params",
     "batch",

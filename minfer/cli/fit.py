@@ -22,7 +22,7 @@ from minfer.config import EngineConfig
 from minfer.errors import CapacityError, ConfigError
 
 if TYPE_CHECKING:
-    from minfer.config import ModelConfig
+    from minfer.model_config import ModelConfig
 
 TIGHT = 0.9  # of the free memory
 ALTERNATIVES = ("none", "int8", "int4")

@@ -14,8 +14,9 @@ from minfer.cli.command import command
 from minfer.cli.options import engine_flags
 from minfer.cli.terminal import Terminal, human_bytes
 from minfer.cli.weight_bytes import weight_bytes
-from minfer.config import EngineConfig, ModelConfig
+from minfer.config import EngineConfig
 from minfer.errors import ModelLoadError
+from minfer.model_config import ModelConfig
 
 if TYPE_CHECKING:
     from minfer.loader import Checkpoint

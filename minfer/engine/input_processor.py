@@ -11,9 +11,10 @@ import itertools
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, get_args
 
-from minfer.config import EngineConfig, ModelConfig
+from minfer.config import EngineConfig
 from minfer.errors import RequestError
 from minfer.guided import Grammar, GrammarCompiler
+from minfer.model_config import ModelConfig
 from minfer.sampling import derive_seed
 from minfer.sampling_params import SamplingParams
 from minfer.scheduler import Pooling, Request

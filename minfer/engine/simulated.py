@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minfer.config import EngineConfig, ModelConfig
+from minfer.config import EngineConfig
 from minfer.engine.engine import Engine
 from minfer.engine.input_processor import InputProcessor
 from minfer.engine.output_processor import OutputProcessor
@@ -21,6 +21,7 @@ from minfer.kernels.simulated import ELEMENTS, Gpu, SimulatedBackend, SimulatedD
 from minfer.kvcache import KVCache
 from minfer.layers.loading import load_weights
 from minfer.loader import open_checkpoint, resolve_model
+from minfer.model_config import ModelConfig
 from minfer.models import create_model
 from minfer.runner import BatchBuilder, LoadedModel
 from minfer.runner.buckets import Buckets

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from minfer.batch import Batch
-from minfer.config import ModelConfig
 from minfer.kernels import Ops, Rows, Weight
 from minfer.kvcache import LayerCache
 from minfer.layers.linear import Linear
 from minfer.layers.norm import RMSNorm
+from minfer.model_config import ModelConfig
 
 
 class Attention(nn.Module):

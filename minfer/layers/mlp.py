@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from minfer.batch import LoraRows
-from minfer.config import ModelConfig
 from minfer.kernels import Ops, Rows, Weight
 from minfer.layers.linear import Linear
+from minfer.model_config import ModelConfig
 
 
 class GatedMLP(nn.Module):

@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from minfer.batch import LoraRows
-from minfer.config import ModelConfig, MoEConfig
 from minfer.kernels import Experts, Ops
 from minfer.layers.linear import Linear
 from minfer.layers.loading import Take, Tensorlike
 from minfer.layers.mlp import GatedMLP
+from minfer.model_config import ModelConfig, MoEConfig
 
 
 class MoE(nn.Module):

@@ -19,8 +19,8 @@ import math
 
 import torch
 
-from minfer.config import RopeConfig
 from minfer.errors import ModelLoadError
+from minfer.model_config import RopeConfig
 
 
 def rope_table(rope: RopeConfig, dim: int, max_len: int, device: torch.device) -> torch.Tensor:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from minfer.config import ModelConfig
 from minfer.errors import ModelLoadError
 from minfer.loader.checkpoint import TensorInfo
+from minfer.model_config import ModelConfig
 from minfer.quant import PackedWeight
 
 Named = tuple[str, torch.Tensor | PackedWeight]

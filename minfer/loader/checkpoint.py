@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from minfer.config import ModelConfig
+from minfer.model_config import ModelConfig
 from minfer.quant import PackedWeight
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")

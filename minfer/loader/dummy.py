@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from minfer.config import ModelConfig
 from minfer.errors import ModelLoadError
 from minfer.loader.checkpoint import TOKENIZER_FILES, Checkpoint, ModelSource, TensorInfo, TokenizerSource
 from minfer.loader.hf_config import build_config, folder_config
+from minfer.model_config import ModelConfig
 from minfer.quant import PackedWeight
 
 POOL_SIZE = 1048583  # prime

@@ -23,13 +23,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minfer.config import MAX_EXPERTS, ModelConfig
 from minfer.errors import ModelLoadError
 from minfer.loader.check import check_tensors
 from minfer.loader.checkpoint import Checkpoint, ModelSource, TensorInfo
 from minfer.loader.gguf_config import hf_config, hf_name
 from minfer.loader.gguf_header import GGUFHeader, GGUFTensor, block_sizes, read_header
 from minfer.loader.hf_config import build_config
+from minfer.model_config import MAX_EXPERTS, ModelConfig
 from minfer.quant import PackedWeight
 from minfer.quant.gguf import unpack_gguf
 

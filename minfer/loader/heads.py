@@ -25,9 +25,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from minfer.config import ModelConfig
 from minfer.errors import ModelLoadError
 from minfer.loader.hf_config import build_config, read_json
+from minfer.model_config import ModelConfig
 
 HeadKind = Literal["eagle", "eagle3", "medusa", "redrafter"]
 PLAIN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}

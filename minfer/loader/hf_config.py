@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minfer.config import ModelConfig
 from minfer.errors import ModelLoadError
+from minfer.model_config import ModelConfig
 
 MAX_LAYERS = 10_000
 MAX_JSON_BYTES = 100 * 2**20  # the index of the largest public models is about 10 MB

@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from minfer.config import ModelConfig
 from minfer.errors import ModelLoadError
 from minfer.loader.check import EMBEDDING, HEAD, check_tensors
 from minfer.loader.checkpoint import Checkpoint, ModelSource, TensorInfo
 from minfer.loader.hf_config import build_config, folder_config, read_json
 from minfer.loader.quantized import Folded, QuantizedMatrix, find_reader, fold, names_of
+from minfer.model_config import ModelConfig
 from minfer.quant import PackedWeight
 from minfer.quant.readers import MatrixReader
 

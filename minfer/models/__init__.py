@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from minfer.config import ModelConfig
 from minfer.errors import ModelLoadError
 from minfer.kernels import Ops
+from minfer.model_config import ModelConfig
 from minfer.models.llama import FINAL, LlamaForCausalLM
 
 __all__ = ["FINAL", "Model", "create_model"]

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from minfer.batch import Batch
-from minfer.config import ModelConfig
 from minfer.kernels import Ops
 from minfer.kvcache import KVCache, LayerCache
 from minfer.layers import Attention, Embedding, GatedMLP, Linear, OutputHead, RMSNorm, rope_table
+from minfer.model_config import ModelConfig
 
 
 class EagleHead(nn.Module):

@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from minfer.batch import Batch
-from minfer.config import ModelConfig
 from minfer.kernels import Ops
 from minfer.kvcache import KVCache, LayerCache
 from minfer.layers import Attention, Embedding, OutputHead, RMSNorm, feed_forward, rope_table
+from minfer.model_config import ModelConfig
 
 _M = TypeVar("_M", bound=nn.Module)
 

@@ -21,10 +21,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from minfer.config import ModelConfig, RopeConfig
 from minfer.errors import ConfigError, ModelLoadError
 from minfer.loader import Checkpoint
 from minfer.loader.hf_config import folder_config, read_json
+from minfer.model_config import ModelConfig, RopeConfig
 from minfer.tokenizer.write import write_tokenizer
 
 SHARD_BYTES = 2 * 2**30

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from minfer.config import ModelConfig
 from minfer.errors import ConfigError
 from minfer.loader.check import is_router
+from minfer.model_config import ModelConfig
 from minfer.quant import PackedWeight
 from minfer.quant.algorithms import awq_scales, gptq, round_to_nearest, smoothquant_scales
 from minfer.quantize.observe import PRODUCTS, InputStatistics

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 
 from minfer.batch import Batch
-from minfer.config import ModelConfig
 from minfer.kernels import Ops, Weight
 from minfer.kernels.reference import ReferenceBackend
 from minfer.kernels.reference.linear import DenseWeight
 from minfer.kvcache import LayerCache
 from minfer.layers import rope_table
 from minfer.layers.loading import load_weights
+from minfer.model_config import ModelConfig
 from minfer.models.llama import DecoderLayer
 from minfer.quant import PackedWeight
 from minfer.quantize.recipe import Need

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from minfer.config import CALIBRATED, EngineConfig, ModelConfig
+from minfer.config import CALIBRATED, EngineConfig
 from minfer.errors import ConfigError
 from minfer.kernels import Ops, select_ops
 from minfer.kernels.cpu.arena import ask_for_huge_pages, return_free_memory
@@ -27,6 +27,7 @@ from minfer.loader import Checkpoint, open_checkpoint, quantised_twin, quantized
 from minfer.loader.check import Named, finite
 from minfer.loader.heads import is_head
 from minfer.loader.lora import read_lora
+from minfer.model_config import ModelConfig
 from minfer.models import Model, create_model
 from minfer.quant import PackedWeight
 from minfer.runner.load_head import DraftHead, load_head

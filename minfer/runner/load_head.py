@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from minfer.config import ModelConfig
 from minfer.errors import ConfigError
 from minfer.kernels import Ops
 from minfer.kvcache import KVCache
 from minfer.layers.loading import load_weights
 from minfer.loader.heads import HeadConfig, read_head
+from minfer.model_config import ModelConfig
 from minfer.models import FINAL
 from minfer.models.eagle import Eagle3Head, EagleHead
 from minfer.models.medusa import MedusaHeads

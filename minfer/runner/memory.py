@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from minfer.config import EngineConfig, ModelConfig
+from minfer.config import EngineConfig
 from minfer.errors import CapacityError, ConfigError
 from minfer.kvcache import KVCache, format_of
+from minfer.model_config import ModelConfig
 
 GIB = 1024**3
 

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from minfer.config import ModelConfig
 from minfer.engine.async_llm import AsyncLLM
 from minfer.errors import RequestError
+from minfer.model_config import ModelConfig
 from minfer.sampling_params import SamplingParams
 from minfer.server.options import ServerOptions
 from minfer.server.protocol import ChatCompletionRequest, ChatInput, CompletionRequest, GenerationRequest

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minfer.config import ModelConfig
 from minfer.layers import rope_table
+from minfer.model_config import ModelConfig
 from minfer.training.head import Ahead, Head, Target
 from minfer.training.samples import Samples
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minfer.config import ModelConfig
 from minfer.loader import Checkpoint
+from minfer.model_config import ModelConfig
 from minfer.training.samples import Samples
 
 Ahead = tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]  # what a guess is made from, [B, S, *], and what makes [.., Vd] of it

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from minfer.config import ModelConfig
 from minfer.errors import ConfigError
+from minfer.model_config import ModelConfig
 from minfer.training.head import Head
 
 

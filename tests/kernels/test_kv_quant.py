@@ -8,11 +8,11 @@ import torch
 from kernels.batches import make_batch
 from kernels.kv_oracle import LIMITS, QUANTISED, ROTATED, SEARCHED, codes_of, float8_values, rows_of, walsh_hadamard
 
-from minfer.config import ModelConfig
 from minfer.errors import ConfigError
 from minfer.kernels.reference import ReferenceBackend
 from minfer.kernels.reference.kv_quant import dequantize, hadamard, quantize
 from minfer.kvcache import FORMATS, KVCache, LayerCache, format_of
+from minfer.model_config import ModelConfig
 
 DIMS = (2, 10, 64, 80, 96, 128, 256)
 

@@ -12,7 +12,7 @@ import torch
 from kernels.batches import make_batch
 from kernels.devices import DEVICE, DTYPES, close, moved, randn
 
-from minfer.config import Activations, ModelConfig
+from minfer.config import Activations
 from minfer.kernels import Ops
 from minfer.kernels.ops import RoundedRows
 from minfer.kernels.triton import TritonBackend, linear_w8a8
@@ -26,6 +26,7 @@ from minfer.kernels.triton.tuning import Tuning
 from minfer.kvcache import KVCache
 from minfer.layers.linear import Linear
 from minfer.layers.loading import load_weights
+from minfer.model_config import ModelConfig
 from minfer.models import create_model
 from minfer.quant import PackedWeight, QuantScheme
 

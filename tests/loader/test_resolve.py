@@ -318,7 +318,7 @@ def test_every_short_name_has_a_shape_transformers_agrees_with(name: str) -> Non
     }[config["architectures"][0]]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config))
-    from minfer.config import ModelConfig
+    from minfer.model_config import ModelConfig
 
     assert ModelConfig.from_hf(config).num_parameters == sum(p.numel() for p in model.parameters())
     published = {  # millions, from the model cards

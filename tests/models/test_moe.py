@@ -13,10 +13,10 @@ from models.test_llama import PROMPT, load, logits_of, transformers_logits
 from safetensors.torch import save_file
 
 from minfer import LLM, SamplingParams
-from minfer.config import ModelConfig
 from minfer.errors import ModelLoadError
 from minfer.loader import open_checkpoint
 from minfer.loader.names import KNOWN
+from minfer.model_config import ModelConfig
 
 SMALL = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -13,10 +13,10 @@ import torch
 from kernels.devices import DEVICE
 
 from minfer.batch import Batch
-from minfer.config import ModelConfig
 from minfer.kernels import select_ops
 from minfer.kvcache import KVCache
 from minfer.layers.loading import load_weights
+from minfer.model_config import ModelConfig
 from minfer.models import Model, create_model
 from minfer.runner import BatchBuilder, RowSpan
 from minfer.runner.buckets import Buckets

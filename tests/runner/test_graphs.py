@@ -7,12 +7,12 @@ import torch
 from kernels.batches import make_batch
 
 from minfer.batch import Batch
-from minfer.config import ModelConfig
 from minfer.errors import ConfigError
 from minfer.kernels import select_ops
 from minfer.kernels.cpu.library import find
 from minfer.kvcache import KVCache
 from minfer.layers.loading import load_weights
+from minfer.model_config import ModelConfig
 from minfer.models import FINAL, Model, create_model
 from minfer.runner.graphs import can_capture, capture
 

@@ -55,7 +55,7 @@ struct MoeArgs {
   int64_t x_stride, logits_stride, shared_stride, gate_stride, dtype;
 };
 
-constexpr int64_t kMostExperts = 1024;  // MAX_EXPERTS in config.py
+constexpr int64_t kMostExperts = 1024;  // MAX_EXPERTS in model_config.py
 
 // The highest of those not taken, of equals the lower number. What isn't a number comes last.
 template <class T>
