@@ -65,7 +65,7 @@ def test_every_word_as_a_bfloat16_without_ptx(element: str) -> None:
 
 
 def test_a_code_taken_for_one_of_cdna3s_own_is_half_of_it() -> None:
-    """What `E4M3_FNUZ` rests on, by torch's own type: the interpreter lacks it. -0 is made 0 beforehand, NaN keeps a matrix from it."""
+    """What `E4M3_FNUZ` rests on, by torch's own type: the interpreter lacks it. -0 is made 0 beforehand, and no reader lets a NaN in."""
     codes = torch.arange(256).to(torch.uint8)
     usable = (codes != 128) & (codes & 127 != 127)
     own = codes.view(torch.float8_e4m3fnuz).double() * factor(E4M3_FNUZ)

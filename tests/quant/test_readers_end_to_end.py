@@ -157,6 +157,14 @@ def test_damaged_numbers_name_the_file_and_the_layer(quantised: Folders) -> None
         load(folder)
 
 
+def test_weights_that_are_no_numbers_name_the_file_and_the_layer(quantised: Folders) -> None:
+    """Before any backend sees the matrix: kernels that convert codes by moving their bits would read 480."""
+    folder, _ = quantised(FORMATS["fp8 blocks"])
+    edit(folder, lambda state: state[DOWN + ".weight"].view(torch.uint8)[3].fill_(0xFF))
+    with pytest.raises(ModelLoadError, match=r"model\.safetensors: model\.layers\.1\.mlp\.down_proj: some of its weights are NaN"):
+        load(folder)
+
+
 def test_a_truncated_file_is_named(quantised: Folders) -> None:
     folder, _ = quantised(FORMATS["gptq"])
     file = folder / "model.safetensors"

@@ -21,6 +21,9 @@ Elsewhere integers of 8 bits and small floats come as float32 numbers that a bfl
 are. Converting would round, in software on CDNA. In the loop at 16 rows and, of fp8, at 256, a turn on gfx942 takes: int8 251 -> 188
 instructions, mxfp4 328 -> 264, fp8 463 -> 336, and -> 208 with the conversion that the hardware has.
 
+What is no number (e4m3's S.1111.111, e5m2's highest exponent) would come out as one, 480 for instance: a checkpoint with such weights is
+damaged, and refused where it is read, whatever it is read for (`StoredMatrix.read`).
+
 On NVIDIA two words are done at once, in 32 bits, by PTX that says so: left to itself the compiler moves every half with a permutation of
 its own. tests/kernels/test_triton_codes.py evaluates that text for every word there is; elsewhere plain Triton does the same.
 """

@@ -95,7 +95,7 @@ class TritonCodesWeight(Weight):
         self.element, self.group = packed.scheme.element, packed.scheme.group_size
         self.kind = KINDS[self.element]
         codes = packed.codes.to(device)
-        if self.kind == E4M3 and target.converts_fnuz and not _has_nan(codes):
+        if self.kind == E4M3 and target.converts_fnuz:
             self.kind, codes = E4M3_FNUZ, torch.where(codes == -128, 0, codes)
         self.parts = parts_of(self.kind)
         k = packed.shape[1]
@@ -268,11 +268,6 @@ class TritonCodesWeight(Weight):
             grouped = grouped + self.mins[:, ids].t().float()[:, :, None]
         rows = grouped.view(count, k).to(self.dtype)
         return rows if self.order is None else torch.empty_like(rows).index_copy_(1, self.order, rows)
-
-
-def _has_nan(codes: torch.Tensor) -> bool:
-    """Whether one of these e4m3 codes, int8 [N, K], is no number."""
-    return codes.device.type != "meta" and bool(((codes & 127) == 127).any())
 
 
 def _compact(values: torch.Tensor, preferred: torch.dtype) -> torch.Tensor:

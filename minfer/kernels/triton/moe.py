@@ -221,8 +221,7 @@ def _grouped(parts: Sequence[Weight]) -> Grouped | str:
     if any(part.order is not None for part in codes):
         return "experts in another order of their inputs (act-order) have no grouped product"
     forms: set[Hashable] = {part.shape for part in dense}
-    # A kind besides the element: on CDNA3 a matrix that holds no-numbers is unpacked in another way than the others.
-    forms |= {(part.shape, part.element, part.kind, part.group, part.run, part.offset) for part in codes}
+    forms |= {(part.shape, part.element, part.group, part.run, part.offset) for part in codes}
     forms |= {(part.shape, part.element, part.scales.shape) for part in rounded}
     if len(forms) != 1 or len(parts) not in (len(dense), len(codes), len(rounded)):
         return _UNLIKE
