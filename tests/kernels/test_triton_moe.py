@@ -241,6 +241,46 @@ def test_a_token_does_not_see_its_neighbours() -> None:
         assert torch.equal(ops.moe(x[rows], logits[rows], experts, 2, True, "silu"), together[rows])
 
 
+JUNK = [float("nan"), float("inf"), float("-inf"), 1e30]
+
+
+@pytest.mark.parametrize("weights", ["dense", "codes", "bytes"])
+@pytest.mark.parametrize(("real", "padded"), [(13, 20), (5, 8)])
+def test_rows_of_padding_reach_no_other(real: int, padded: int, weights: str) -> None:
+    """A bucket of a CUDA graph: behind the step's rows lie others, in which anything may be, and whose router says anything. The same bits,
+    sorted (40 pairs) and not (16), with and without them.
+    """
+    ops = table(torch.float32)
+    gate_up: list[Matrix] = [randn(192, 128, seed=e) for e in range(4)]
+    down: list[Matrix] = [randn(128, 96, seed=9 + e) for e in range(4)]
+    if weights != "dense":
+        of_codes = packed_experts(4, 128, 128, "int8", 128, False)
+        scheme = QuantScheme("int8", 128, True, "int8" if weights == "bytes" else "none")
+        gate_up, down = ([dataclasses.replace(m, scheme=scheme) for m in side] for side in of_codes)
+    experts = joined(ops, gate_up, down)
+    x, logits = randn(padded, 128), routing("random", padded, 4).to(DEVICE)
+    shared = randn(padded, 128, seed=3), randn(padded, 1, seed=4)
+    alone = ops.moe(x[:real], logits[:real], experts, 2, True, "silu", (shared[0][:real], shared[1][:real]))
+    assert alone.isfinite().all()
+    chosen, shares = route(logits[:real], 2, True)
+    for row in range(real, padded):
+        junk = JUNK[row % len(JUNK)]
+        x[row, row % 3 :: 3] = junk
+        logits[row, row % 2 :: 2] = junk
+        shared[0][row], shared[1][row] = junk, junk
+    logits[real] = x[real] = float("nan")
+    assert torch.equal(ops.moe(x, logits, experts, 2, True, "silu", shared)[:real], alone)
+    among, of_all = route(logits, 2, True)
+    assert torch.equal(among[:real], chosen) and torch.equal(of_all[:real], shares)
+    assert ((among >= 0) & (among < 4)).all() and (among[:, 0] != among[:, 1]).all(), "rows of padding, too, are someone's, once each"
+    blocks = sort_by_expert(among, 4, block_rows(2 * padded, 4))
+    if blocks.pairs is not None:
+        for expert in range(4):
+            pairs = blocks.pairs.view(-1, blocks.rows)[(blocks.experts == expert).to(DEVICE)].flatten().tolist()
+            own = [pair for pair in pairs if pair < 2 * real]
+            assert own == [pair for pair, of in enumerate(chosen.flatten().tolist()) if of == expert]
+
+
 def test_no_token() -> None:
     ops = table(torch.float32)
     experts = joined(ops, [randn(8, 16), randn(8, 16)], [randn(16, 4), randn(16, 4)])
@@ -276,14 +316,3 @@ def test_what_it_refuses() -> None:
         ops.moe(x, logits, experts, 1, True, "silu", (x, randn(1, 16)))
     with pytest.raises(ConfigError, match="knows silu, not 'gelu'"):
         ops.moe(x, logits, experts, 1, True, "gelu")
-
-
-def test_experts_that_are_unpacked_in_two_ways_are_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CDNA3 converts e4m3 by an instruction of its own, but not in matrices that hold a NaN."""
-    monkeypatch.setattr(Target, "converts_fnuz", True)
-    ops = table(torch.float32, Target(4, "hip:gfx942"))
-    gate_up, down = packed_experts(2, 64, 64, "fp8_e4m3", 64, False)
-    assert joined(ops, [*gate_up], [*down]).nbytes
-    gate_up[1].codes[3, 5] = 127
-    with pytest.raises(ModelLoadError, match="quantised alike"):
-        joined(ops, [*gate_up], [*down])

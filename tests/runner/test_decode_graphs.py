@@ -6,6 +6,7 @@ On a CPU the kernels run under Triton's interpreter and a capture is faked: it k
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from minfer.batch import Batch
 from minfer.kernels import select_ops
 from minfer.kvcache import KVCache
 from minfer.layers.loading import load_weights
-from minfer.model_config import ModelConfig
+from minfer.model_config import ModelConfig, MoEConfig
 from minfer.models import Model, create_model
 from minfer.runner import BatchBuilder, RowSpan
 from minfer.runner.buckets import Buckets
@@ -29,11 +30,18 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 
 
-def make_model(backend: str) -> Model:
+EXPERTS = dataclasses.replace(
+    CONFIG,
+    architecture="Qwen2MoeForCausalLM",
+    moe=MoEConfig(num_experts=5, experts_per_token=2, intermediate_size=32, norm_topk_prob=True, shared_intermediate_size=48),
+)
+
+
+def make_model(backend: str, config: ModelConfig) -> Model:
     generator = torch.Generator().manual_seed(1)
     with torch.inference_mode():
-        model = create_model(CONFIG, select_ops(DEVICE, torch.float32, backend), 128, DEVICE)
-        load_weights(model, ((name, torch.randn(shape, generator=generator) * 0.2) for name, shape in CONFIG.tensor_shapes()))
+        model = create_model(config, select_ops(DEVICE, torch.float32, backend), 128, DEVICE)
+        load_weights(model, ((name, torch.randn(shape, generator=generator) * 0.2) for name, shape in config.tensor_shapes()))
     return model
 
 
@@ -64,10 +72,10 @@ class Pair:
     both, and so is what is in the caches before.
     """
 
-    def __init__(self, buckets: Buckets, poison: float = torch.nan) -> None:
+    def __init__(self, buckets: Buckets, poison: float = torch.nan, config: ModelConfig = CONFIG) -> None:
         self.buckets = buckets
         self.record = FakeRecorder() if DEVICE.type == "cpu" else cuda_recorder()
-        self.model, self.plain = make_model("triton"), make_model("reference")
+        self.model, self.plain = make_model("triton", config), make_model("reference", config)
         self.cache, self.expected = (KVCache(CONFIG, 40, 16, torch.float32, DEVICE) for _ in range(2))
         for model in (self.model, self.plain):
             model.model.embed_tokens.weight.tensor[0] = poison
@@ -140,6 +148,16 @@ def test_replay_equals_eager_and_padding_touches_nothing() -> None:
     assert pair.graphs.replays == len(STEPS) - 2
     if isinstance(pair.record, FakeRecorder):
         assert (pair.record.records, pair.record.runs) == (6, len(STEPS) - 2)
+
+
+@torch.inference_mode()
+def test_padding_of_a_mixture_of_experts_touches_nothing() -> None:
+    """Its rows are NaN, and so are their router's logits, in buckets whose pairs are sorted by expert (16 rows) and aren't (4, 8)."""
+    pair = Pair(Buckets(5, LONGEST), config=EXPERTS)
+    builder = BatchBuilder(64, 5, 128, 16, DEVICE, buckets=pair.buckets, copy=copy_later)
+    for batch in batches(builder, [[17, 7, 3], [1, 1, 1], [4, 2, 1], [4, 1, 1, 3, 2]]):
+        pair.replay(batch)
+    assert pair.graphs.captured == [(4, 4), (8, 4), (16, 5)]
 
 
 @torch.inference_mode()
