@@ -10,11 +10,15 @@ Its rules, of version 2.6 on: blocks of a multiple of 256 tokens, heads of up to
 cache in the same type, an NVIDIA GPU from Ampere on. What a user chose is held against them when the engine is built. A window of n
 tokens, the query's own among them, is n - 1 to the left of it.
 
+Steps of one token each are replayed from CUDA graphs: lengths and tables are read on the device, and how finely the context is split
+follows from the width of the tables, which in a graph's is that of the longest sequence. Its authors say that the call may be captured
+(flash-attention's issue 896). Steps with drafts run as they come, since the other call's grid follows from lengths on the host.
+
 Where there is no GPU, what is proven is that these arguments mean what the reference computes: a stand-in with the published signatures
 (`tests/kernels/flash_attn_standin.py`) takes them literally.
 
 Left out: sinks and drafts that branch, which it has no arguments for; reading a shared prefix once; FlashAttention-3, a package of another
-name that takes blocks of any size; AMD's port. Steps aren't replayed from CUDA graphs with it. No extra of ours names the package,
+name that takes blocks of any size; AMD's port. No extra of ours names the package,
 because it has to be built for the torch that it meets.
 """
 

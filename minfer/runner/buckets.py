@@ -45,8 +45,11 @@ class Buckets:
 
     @staticmethod
     def of(config: EngineConfig) -> Buckets:
-        """For the steps of an engine: as many tokens of a request as it may have drafts, and one."""
-        seqs, longest = config.max_num_seqs, 1 if config.speculative == "none" else 1 + config.num_draft_tokens
+        """For the steps of an engine: as many tokens of a request as it may have drafts, and one. flash_attn's call for steps of a token
+        each is the one whose arguments keep their shapes.
+        """
+        single = config.speculative == "none" or config.attention_backend == "flash_attn"
+        seqs, longest = config.max_num_seqs, 1 if single else 1 + config.num_draft_tokens
         return Buckets(seqs, longest, min(config.max_num_batched_tokens, seqs * longest), most_rows(config))
 
     @property

@@ -46,7 +46,7 @@ class LoraGraphs:
 
 def can_capture_on_gpu(ops: Ops) -> bool:
     """Whether every op is one that a CUDA graph can hold: none asks the device for anything while it is launched."""
-    return all(how == "triton" or how.startswith("dequantised") for how in ops.chosen.values())
+    return all(how in ("triton", "flash_attn") or how.startswith("dequantised") for how in ops.chosen.values())
 
 
 def can_capture(ops: Ops) -> bool:

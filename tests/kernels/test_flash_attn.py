@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,11 @@ from minfer.errors import ConfigError
 from minfer.kernels import flash_attn, select_ops
 from minfer.kernels.flash_attn import FlashAttnBackend
 from minfer.kernels.reference import ReferenceBackend
+from minfer.kvcache import LayerCache
+from minfer.runner import BatchBuilder, RowSpan
+from minfer.runner.buckets import Buckets
+from minfer.runner.graphs import can_capture_on_gpu
+from minfer.runner.upload import copy_later
 
 CPU = torch.device("cpu")
 
@@ -69,6 +76,40 @@ def test_an_engine_says_what_the_reference_says(installed: None, make_checkpoint
     folder = make_checkpoint("qwen2", use_sliding_window=True, sliding_window=19, max_window_layers=1, tie_word_embeddings=True)
     for options in ({"max_prefill_chunk": 100}, {"speculative": "ngram", "adaptive_drafts": False}):
         assert generate(folder, attention_backend="flash_attn", **options) == generate(folder, **options)  # type: ignore[arg-type]
+
+
+@dataclass
+class Row:
+    token_ids: list[int]
+    blocks: list[int]
+    adapter: int = 0
+
+
+def test_a_step_of_one_token_each_is_one_that_a_graph_can_replay(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded to a bucket, the library gets the same tensors at the same addresses in each step, and real rows what they get without."""
+    config = EngineConfig(model="m", attention_backend="flash_attn", block_size=256, max_num_seqs=5, speculative="ngram")
+    buckets, backend = Buckets.of(config), FlashAttnBackend(CPU, torch.float16)
+    builder = BatchBuilder(64, 5, 1024, 256, CPU, buckets=buckets, copy=copy_later)
+    asked: list[dict[str, Any]] = []
+    called = flash_attn_standin.flash_attn_with_kvcache
+    monkeypatch.setattr(backend, "_with_kvcache", lambda *args, **options: asked.append(options) or called(*args, **options))
+    cache = make_cache(12, 2, 256, 64, torch.float16)
+    wide, rows = LayerCache(cache.k.double(), cache.v.double()), [Row([1] * 900, [3 * n, 3 * n + 1, 3 * n + 2]) for n in range(3)]
+    for starts in ([7, 254, 0], [8, 255, 1], [700, 256, 2]):
+        batch = builder.build_one_each(rows, starts)
+        assert batch.padded is not None and batch.padded.num_requests == 4
+        q = torch.randn(4, 4, 64, generator=torch.Generator().manual_seed(starts[0])).half()
+        got = backend.attention(q, cache, batch.padded, 0.1, window=270)[:3]
+        expected = ReferenceBackend().attention(q[:3].double(), wide, batch, 0.1, 270)
+        torch.testing.assert_close(got.double(), expected, rtol=2**-10, atol=2**-12)
+    for name in ("cache_seqlens", "block_table"):
+        assert len({(options[name].data_ptr(), options[name].shape, options[name].stride()) for options in asked}) == 1
+    drafted = [RowSpan(row, 10, 2, 2, [5]) for row in rows]
+    assert builder.build(drafted).padded is None, "rows of drafts run as they come"
+    ops = SimpleNamespace(chosen={"linear[bf16]": "triton", "attention": "flash_attn", "embedding": "dequantised, triton"})
+    assert can_capture_on_gpu(ops)  # type: ignore[arg-type]
+    ops.chosen["rms_norm"] = "reference"
+    assert not can_capture_on_gpu(ops)  # type: ignore[arg-type]
 
 
 def test_settings_that_contradict_it() -> None:
