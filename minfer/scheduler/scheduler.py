@@ -122,6 +122,12 @@ class Scheduler:
     def num_waiting(self) -> int:
         return self._num_waiting
 
+    def adapters(self) -> tuple[list[int], list[int]]:
+        """Numbers of the LoRA adapters of running and of waiting requests. Any thread may ask: it looks at copies."""
+        running, waiting = list(self.running), list(self._waiting)
+        own, others = {request.adapter for request in running}, {request.adapter for _, request in waiting if not request.finished}
+        return sorted(own - {0}), sorted(others - {0})
+
     def first_waiting(self, count: int) -> list[Request]:
         """The first `count` of the waiting requests, in the order in which they will be admitted."""
         waiting = (entry for entry in self._waiting if not entry[1].finished)

@@ -8,6 +8,7 @@ share no registry. Before the model is loaded, and after the engine has died, wh
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -114,6 +115,7 @@ class EngineCollector(_Families):
             return
         yield from self._gauges(llm)
         yield from self._counters(llm)
+        yield from self._lora(llm)
         yield from self._guided(llm)
         yield from self._speculation(llm)
         for name, help_text, histogram in histograms(llm.stats):
@@ -143,12 +145,26 @@ class EngineCollector(_Families):
         yield self._counter("prompt_tokens", "Prompt tokens of the sequences that were begun.", stats.num_prompt_tokens)
         yield self._counter("prompt_tokens_cached", "Prompt tokens whose KV was there already.", stats.num_cached_tokens)
         yield self._counter("generation_tokens", "Tokens generated.", stats.num_output_tokens)
-        if llm.config.adapters:
-            yield self._counter("lora_tokens", "Tokens that went through the model with a LoRA adapter.", done.num_adapter_tokens)
+        saved = llm.engine.core.runner.builder.keys_saved
+        yield self._counter("shared_prefix_keys_saved", "Keys that a layer's attention read once for a whole step.", saved)
         yield self._counter_by(("finished_reason",), "request_success", "Sequences that ended, by how.", _keyed(stats.ended_by))
         yield self._counter("engine_steps", "Steps of the engine's loop.", times.steps)
         seconds = {part: getattr(times, part) for part in STEP_PARTS}
         yield self._counter_by(("part",), "engine_step_seconds", "Seconds spent in each part of the engine's loop.", _keyed(seconds))
+
+    def _lora(self, llm: AsyncLLM) -> Iterator[Metric]:
+        """Where there are adapters. vLLM's gauge has all it says in its labels; its value is the time, so that readers know the latest."""
+        names = llm.config.adapters
+        if not names:
+            return
+        scheduler = llm.engine.core.scheduler
+        total = scheduler.stats.num_adapter_tokens
+        yield self._counter("lora_tokens", "Tokens that went through the model with a LoRA adapter.", total)
+        running, waiting = (",".join(names[number - 1] for number in numbers) for numbers in scheduler.adapters())
+        facts = {"max_lora": str(len(names)), "running_lora_adapters": running, "waiting_lora_adapters": waiting}
+        info = GaugeMetricFamily(self._name("lora_requests_info"), "LoRA adapters of sequences here.", labels=[*LABELS, *facts])
+        info.add_metric([*self._labels(), *facts.values()], time.time())
+        yield info
 
     def _guided(self, llm: AsyncLLM) -> Iterator[Metric]:
         """minfer's own: what structured output costs, and what it spares."""

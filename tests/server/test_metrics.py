@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from http_helpers import load, post, slow_down, wait_until_free
+from lora_adapters import write_adapter
 from prometheus_client.parser import text_string_to_metric_families
 
 from minfer import AsyncLLM
@@ -139,6 +141,43 @@ def test_without_speculation_its_names_are_absent(client: httpx.Client) -> None:
     assert "spec_decode" not in client.get("/metrics").text
 
 
+def adapters_in_use(client: httpx.Client) -> tuple[str, str]:
+    ((labels, seconds),) = ((dict(labels), at) for (name, labels), at in scrape(client).items() if name == "vllm:lora_requests_info")
+    assert labels["max_lora"] == "2"
+    assert seconds > 1.7e9, "vLLM's gauge has the time as its value"
+    return labels["running_lora_adapters"], labels["waiting_lora_adapters"]
+
+
+def test_adapters_that_run_and_wait(serve: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    folders = {name: str(write_adapter(tiny_llama, tmp_path / name, seed)) for seed, name in enumerate(("french", "legal"))}
+    llm = load(tiny_llama, lora=folders, max_num_seqs=1)
+    with serve(llm, metrics_compat="vllm") as client:
+        assert adapters_in_use(client) == ("", "")
+        slow_down(llm, 0.05)
+        asked = {"model": "legal", "prompt": "a", "max_tokens": 1, **GREEDY}
+        other = threading.Thread(target=post, args=(client, COMPLETE), kwargs=asked)
+        body = {"model": "french", "prompt": "A block", "max_tokens": 400, "stream": True, **GREEDY}
+        with client.stream("POST", COMPLETE, json=body) as response:
+            lines = response.iter_lines()  # letting go of it would close the stream
+            next(lines)
+            other.start()
+            deadline = time.monotonic() + 20
+            while adapters_in_use(client) != ("french", "legal"):
+                assert time.monotonic() < deadline
+        other.join(30)
+        wait_until_free(llm)
+        assert adapters_in_use(client) == ("", "")
+        tokens = scrape(client)["vllm:lora_tokens_total", frozenset()]
+        assert tokens == llm.engine.core.scheduler.stats.num_adapter_tokens > 0
+    llm.shutdown()
+
+
+def test_without_adapters_their_names_are_absent(llm: AsyncLLM, client: httpx.Client) -> None:
+    assert "lora" not in client.get("/metrics").text
+    llm.engine.core.runner.builder.keys_saved += 64
+    assert value(scrape(client), "shared_prefix_keys_saved_total") == 64
+
+
 def test_answers_while_loading_and_asks_for_the_key(serve: Any) -> None:
     slot = ModelSlot("tiny", ServerOptions())
     with serve(slot, api_key="secret") as client:
@@ -152,8 +191,8 @@ def test_answers_while_loading_and_asks_for_the_key(serve: Any) -> None:
         }, "what HTTP has seen so far; of the engine there is nothing to tell"
 
 
-def test_the_grafana_board_asks_for_what_exists(serve: Any, tiny_llama: Path) -> None:
-    llm = load(tiny_llama, speculative="ngram")
+def test_the_grafana_board_asks_for_what_exists(serve: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    llm = load(tiny_llama, speculative="ngram", lora={"french": str(write_adapter(tiny_llama, tmp_path / "french"))})
     with serve(llm) as client:
         post(client, COMPLETE, prompt="a", max_tokens=1)
         names = {name for name, _ in scrape(client)}
