@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+import sys
+from typing import Any
 
 import pytest
 import torch
 from kernels.batches import make_batch, make_cache
 from kernels.devices import DEVICE, DTYPES, close, moved, on_device, randn
+from kernels.kv_oracle import QUANTISED
 from kernels.test_tails import contiguous, scattered
 
 from minfer.batch import Batch
@@ -63,9 +66,10 @@ def test_sinks(window: int | None, softcap: float | None, splits: int) -> None:
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.int8])
 @pytest.mark.parametrize("splits", [1, 3])
-def test_where_keys_lie_does_not_show(stored: torch.dtype, splits: int) -> None:
-    """As `test_tails.py` asks of the other backends: the same bits."""
-    q, cache, batch = contiguous(4, 2, 16, stored)
+@pytest.mark.parametrize("heads", [4, 8])
+def test_where_keys_lie_does_not_show(stored: torch.dtype, heads: int, splits: int) -> None:
+    """As `test_tails.py` asks of the other backends: the same bits. With 8 heads the rows of drafts take a wide tile."""
+    q, cache, batch = contiguous(heads, 2, 16, stored)
     there, branched = scattered(cache, batch)
     settings = {"processors": 4, "splits": splits, "ptx": False}
     expected = attention(q.to(DEVICE), on_device(cache), moved(batch), 0.25, **settings)
@@ -124,8 +128,9 @@ def test_single_tokens_at_the_edges(total: int, splits: int) -> None:
 
 
 @pytest.mark.parametrize(("new", "total"), [(15, 15), (16, 16), (17, 17), (63, 64), (64, 64), (65, 65), (2, 65), (33, 97)])
-def test_prompts_and_chunks_at_the_edges(new: int, total: int) -> None:
-    check([(new, total)], 2, 1, 16, torch.float16, dirty=True)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_prompts_and_chunks_at_the_edges(new: int, total: int, splits: int) -> None:
+    check([(new, total)], 2, 1, 16, torch.float16, splits=splits, dirty=True)
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 128])
@@ -148,6 +153,95 @@ def test_many_processors_split_a_long_context() -> None:
     one, many = attention(q, cache, batch, 0.25, processors=8, splits=1), attention(q, cache, batch, 0.25, processors=8)
     torch.testing.assert_close(one, many, rtol=1e-6, atol=1e-6)
     assert not torch.equal(one, many)  # three partial sums, added in another order
+
+
+VERIFIED = ((5, 513), (1, 700), (5, 516), (3, 130), (2, 2))  # drafts, one of which crosses into the last tile; and beside them
+
+
+@pytest.mark.parametrize(
+    "masks", [{}, {"window": 600}, {"window": 2, "softcap": 3.0}, {"softcap": 5.0, "sinks": torch.linspace(-2.0, 4.0, 8)}], ids=str
+)
+def test_drafts_over_a_long_context_are_split(masks: dict[str, Any]) -> None:
+    """As the launches decide it, on a device of 100 processors."""
+    batch, cache = make_batch(VERIFIED, 16, 128), make_cache(128, 2, 16, 16, torch.float32)
+    q = randn(batch.num_tokens, 8, 16)
+    exact = LayerCache(cache.k.double(), cache.v.double())
+    expected = ReferenceBackend().attention(q.cpu().double(), exact, batch, 0.25, **masks)
+    cache = LayerCache(*(pages.masked_fill(_unwritten(batch, pages), float("nan")) for pages in (cache.k, cache.v)))
+    masks = {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in masks.items()}
+    one, many = (
+        attention(q, on_device(cache), moved(batch), 0.25, processors=100, splits=splits, **masks) for splits in (1, None)
+    )  # fmt: skip
+    close(many, expected)
+    assert torch.equal(one, many) == (masks.get("window") == 2), "what a window of two sees is not split"
+
+
+@pytest.mark.parametrize("stored", QUANTISED)
+def test_drafts_over_a_long_quantised_context_are_split(stored: torch.dtype) -> None:
+    batch, cache = make_batch(VERIFIED, 16, 128), LayerCache.empty(128, 2, 16, 16, stored)
+    plain = make_cache(128, 2, 16, 16, torch.float32)
+    ReferenceBackend().write_kv(*(pages.transpose(1, 2).reshape(-1, 2, 16) for pages in (plain.k, plain.v)), cache, torch.arange(2048))
+    q = randn(batch.num_tokens, 8, 16)
+    expected = ReferenceBackend().attention(q.cpu().double(), cache, batch, 0.25)
+    one, many = (attention(q, on_device(cache), moved(batch), 0.25, processors=100, splits=splits) for splits in (1, None))
+    close(many, expected, 1e-5)
+    assert not torch.equal(one, many)
+
+
+class Launches:
+    """In the place of a kernel: the grid and the constants of each launch."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[tuple[int, ...], dict[str, Any]]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **constants: self.seen.append((grid, constants))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "settings", "grid"),
+    [
+        ([(5, 16384)], {}, (1, 8, 49)),  # three programs of 64 rows for each of 132 processors
+        ([(5, 16384)] * 8, {}, (10, 8, 6)),
+        ([(5, 16384)] * 64, {}, (84, 8, 1)),
+        ([(5, 16384)], {"ptx": False, "processors": 304}, (1, 8, 64)),  # no finer than 256 keys
+        ([(5, 600)], {}, (1, 8, 2)),
+        ([(5, 16384)], {"window": 1024}, (1, 8, 4)),
+        ([(64, 16384)], {}, (3, 8, 8)),  # tiles of 128 rows: one program at a time
+        ([(512, 8192)], {}, (17, 8, 1)),
+        ([(2048, 2048)], {}, (65, 8, 1)),
+    ],
+)
+def test_launches_follow_the_device(
+    lengths: list[tuple[int, int]], settings: dict[str, Any], grid: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama3.1-8b's heads, bfloat16. The tiles of a grid are a bound; splits follow from those that have work."""
+    launches, merges = Launches(), Launches()
+    module = sys.modules["minfer.kernels.triton.attention"]
+    monkeypatch.setattr(module, "attention_kernel", launches)
+    monkeypatch.setattr(module, "merge_kernel", merges)
+    batch, cache = make_batch(lengths, 16, 65536), LayerCache.empty(1, 8, 16, 128, torch.bfloat16, torch.device("meta"))
+    for name in ("query_start", "seq_lens", "block_tables"):
+        setattr(batch, name, getattr(batch, name).to("meta"))
+    q = torch.empty(batch.num_tokens, 32, 128, dtype=torch.bfloat16, device="meta")
+    attention(q, cache, batch, 0.1, **{"processors": 132, "shared": 227 * 1024, "ptx": True, **settings})
+    ((launched, constants),) = launches.seen
+    assert launched == grid
+    assert constants["SPLITS"] == constants["PARTS"] == grid[2]
+    assert len(merges.seen) == (grid[2] > 1)
+
+
+def test_a_graphs_batch_brings_more_tokens_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bucket of 80 rows, up to 9 of each of 64 requests: 74 tiles of 16 rows at most, not 64 x 9 tokens' worth."""
+    launches, module, meta = Launches(), sys.modules["minfer.kernels.triton.attention"], torch.device("meta")
+    monkeypatch.setattr(module, "attention_kernel", launches)
+    monkeypatch.setattr(module, "merge_kernel", Launches())
+    start, lens, table = (torch.empty(shape, dtype=torch.int32, device=meta) for shape in (65, 64, (64, 512)))
+    none = torch.empty(0, dtype=torch.int32, device=meta)
+    batch = Batch(none, none, none, start, lens, table, none, [9] * 64, [8192] * 64)
+    q = torch.empty(80, 8, 128, dtype=torch.bfloat16, device=meta)
+    attention(q, LayerCache.empty(1, 1, 16, 128, torch.bfloat16, meta), batch, 0.1, processors=74, splits=None)
+    assert launches.seen[0][0] == (80 // 8 + 64, 1, 2)
 
 
 def test_offsets_beyond_32_bits() -> None:

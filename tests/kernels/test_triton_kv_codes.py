@@ -103,7 +103,7 @@ MIXED = ((1, 37), (20, 20), (0, 5), (5, 70), (1, 1))
 @pytest.mark.parametrize("stored", QUANTISED)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 64), (3, 1, 80)])
 @pytest.mark.parametrize(
-    ("dtype", "splits", "masks"), [(torch.float16, 3, {}), (torch.float32, 1, {"window": 5, "softcap": 3.0}), (DTYPES[-1], 1, {})]
+    ("dtype", "splits", "masks"), [(torch.float16, 3, {}), (torch.float32, 2, {"window": 5, "softcap": 3.0}), (DTYPES[-1], 1, {})]
 )
 def test_attention(heads, kv_heads, dim, stored, dtype, splits, masks) -> None:  # type: ignore[no-untyped-def]
     from minfer.kernels.triton.attention import attention

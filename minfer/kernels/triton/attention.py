@@ -22,7 +22,8 @@ Keys come by position: a tile of TILE keys gathers each row through the block ta
 
 Splits. At decode there are R x Hk query tiles, each walking the whole context: with few requests most of the GPU would idle. Then
 the context is cut into `splits` runs of tiles, each program leaves its (output, log-sum-exp) in float32, and `merge_kernel` weighs
-them. The number of splits follows from the number of processors and from the context, about 256 keys a split at least; it depends on
+them. So it is with drafts to verify and with a short chunk of a long prompt, whose tiles are larger: of those, as many as run at once.
+The number of splits follows from the number of processors and from the context, about 256 keys a split at least; it depends on
 the batch, so outputs may differ in their last bit from one batch to another.
 
 A quantised cache (`kv_codes.py`) has one scale a key and head, which never meets a number of a row: it multiplies the score after
@@ -92,10 +93,19 @@ def _tiles(group: int, dim_tile: int, longest: int, itemsize: int, kind: int, sh
     return rows, keys, {"num_warps": 4 if rows * dim_tile <= 64 * 128 else 8, "num_stages": 2}
 
 
-def _splits(programs: int, longest: int, processors: int, ptx: bool) -> int:
+def _splits(programs: int, context: int, processors: int, ptx: bool) -> int:
     """How often to cut the context: until every processor has two programs, on NVIDIA up to four, but no finer than `_KEYS_PER_SPLIT`."""
     wanted = 4 * processors // max(programs, 1) if ptx else -(-2 * processors // max(programs, 1))
-    return max(1, min(-(-longest // _KEYS_PER_SPLIT), wanted, 128))
+    return max(1, min(-(-context // _KEYS_PER_SPLIT), wanted, 128))
+
+
+def _wide_splits(programs: int, context: int, processors: int, ptx: bool, rows: int, dim_tile: int, kind: int) -> int:
+    """The same for tiles of more rows than one token has: as many programs as registers let run at once, and no more.
+
+    A split has four keys a row at least, so that the parts are less to write and read again than K and V are to read.
+    """
+    together = 1 if rows * dim_tile > 64 * 128 else 3 if ptx and kind == PLAIN else 2
+    return max(1, min(context // max(_KEYS_PER_SPLIT, 4 * rows), together * processors // max(programs, 1), 128))
 
 
 @dataclass(frozen=True)
@@ -155,15 +165,19 @@ def attention(
     def launch(which: int, queries: int, longest: int, context: int) -> _Launch:
         """Over `context` keys; `queries`: of how many requests, bringing up to `longest` tokens."""
         rows, keys, options = _tiles(group, dim_tile, longest, q.element_size(), kind, shared)
-        tiles, wide = tokens // (rows // group) + queries, rows > max(16, power_of_2(group))
-        cut = splits
-        if cut is None and which == SHARED_KEYS:
-            cut = _splits(tiles * kv_heads, context, processors, ptx)
+        tokens_each, cut = rows // group, splits
+        tiles = tokens // tokens_each + queries
+        if cut is None and rows == max(16, power_of_2(group)):
+            cut = _splits(kv_heads * (tiles if which == SHARED_KEYS else requests), context, processors, ptx)
         elif cut is None:
-            cut = 1 if wide else _splits(requests * kv_heads, context, processors, ptx)
+            whole = [tokens] if which == SHARED_KEYS else batch.query_lens_host
+            busy = min(tiles, sum(-(-new // tokens_each) for new in whole))  # what a graph is captured over brings more than there is
+            cut = _wide_splits(kv_heads * busy, context, processors, ptx, rows, dim_tile, kind)
         return _Launch(which, tiles, rows, keys, cut, options)
 
     longest, context = max(batch.query_lens_host), max(batch.seq_lens_host)
+    if window is not None:
+        context = min(context, window + longest)
     if batch.shared is None or window is not None:
         launches = [launch(ALL_KEYS, requests, longest, context)]
     else:
