@@ -54,7 +54,7 @@ def codes(n: int, k: int) -> PackedWeight:
 
 def test_the_fastest_that_fits_becomes_the_entry(tmp_path: Path) -> None:
     weights = [TritonBackend(DEVICE, torch.float32).prepare(codes(16, k), torch.float32) for k in (128, 256)]
-    name, entry = tune.best_blocks(weights, 1, Fake(weights), 0.0)  # type: ignore[arg-type]
+    ((name, entry),) = tune.best_blocks(weights, 1, Fake(weights), 0.0).items()  # type: ignore[arg-type]
     assert name == "linear int4 by 32, 1 row"
     assert (entry["BLOCK_N"], entry["num_warps"], entry["source"]) == (32, 4, "measured on a fake")
     file = tmp_path / "tuning.json"

@@ -54,6 +54,10 @@ class Grouped(ABC):
     def multiply(self, x: Rows, blocks: Blocks, divisor: int, out: torch.Tensor, launch: dict[str, int]) -> None:
         """out[p] = matrix of p's expert @ x[p // divisor], for every pair p; out's rows may have any stride."""
 
+    def class_of(self, rows: int) -> str:
+        """The name of the entry of `tuning.json`, for blocks of `rows`."""
+        return shape_class("moe", self.kind, rows)
+
     @abstractmethod
     def default_blocks(self, rows: int) -> dict[str, int]:
         """Where no table says better, for blocks of `rows`."""
@@ -198,7 +202,7 @@ class TritonExperts(Experts):
         out = torch.empty((pairs, sum(grouped.shape[0] for grouped in side)), dtype=self.down.dtype, device=blocks.experts.device)
         at = 0
         for grouped in side:
-            launch = self.tuning.blocks(shape_class("moe", grouped.kind, blocks.rows), grouped.default_blocks(blocks.rows))
+            launch = self.tuning.blocks(grouped.class_of(blocks.rows), grouped.default_blocks(blocks.rows))
             grouped.multiply(x, blocks, divisor, out[:, at : at + grouped.shape[0]], launch)
             at += grouped.shape[0]
         return out
