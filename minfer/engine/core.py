@@ -185,7 +185,9 @@ class EngineCore:
             self.speculation.copy_blocks(plan.copies)
         rows, looks_back, logits, scores, pooled = self._forward(plan, before)
         t2 = time.perf_counter()
-        drawn = self.sampler.draw(logits, rows)
+        positions = self.runner.positions
+        every = positions.shape[0] == len(rows)  # one is drawn behind each of the step's tokens: the device knows where
+        drawn = self.sampler.draw(logits, rows, positions if every else None)
         built = self.runner.build_seconds - built
         times.schedule += t1 - t0
         times.build += built

@@ -58,9 +58,9 @@ def _argmax(sizes: Sizes, rows: int) -> Contenders:
 def _sample(sizes: Sizes, rows: int, temperature: float, top_k: int, top_p: float, min_p: float) -> Contenders:
     def make(ops: Ops) -> Call | None:
         draw, x = ops.sample, peaked(sizes, rows)
-        wishes = torch.tensor([temperature, top_k, top_p, min_p], dtype=torch.float64, device=sizes.device).expand(rows, 4)
-        wishes = torch.cat((torch.rand(rows, 1, dtype=torch.float64, device=sizes.device), wishes), 1)
-        return None if draw is None else lambda: draw(x, wishes)
+        wishes = torch.tensor([[0, 0, temperature, top_k, top_p, min_p]] * rows, dtype=torch.float64, device=sizes.device)
+        positions = torch.arange(rows, dtype=torch.int32, device=sizes.device)  # of one seed: other numbers for each row
+        return None if draw is None else lambda: draw(x, wishes, positions)
 
     def library() -> Call:
         """Of several exponential variables the one with rate p comes first with probability p: a draw without a sort or a sum."""

@@ -179,9 +179,10 @@ class Ops:
             setattr(self, "_" + op, implementation)
             self.chosen[op] = backend.name
         # What the sampler can do without; None where no backend has it, and it composes the same from torch operations.
-        # sample: (logits [S, V] float32, wishes [S, 5] float64: a number in [0, 1), temperature, top-k or 0, top-p, min-p) -> tokens [S]
-        # int64, -1 where a row has no distribution.
-        self.sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = _optional(backends, "sample")
+        # sample: (logits [S, V] float32, wishes [S, 6] float64: the lower and the upper 32 bits of a seed, temperature, top-k or 0, top-p,
+        # min-p; positions [S] int32 or int64 of the rows' newest tokens) -> tokens [S] int64, drawn with what Philox4x32-10 makes of the
+        # seed and the position behind the newest token (`sampling/rng.py`); -1 where a row has no distribution.
+        self.sample: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = _optional(backends, "sample")
         # logprobs: (logits [R, V] float32, tokens [R] int64, k) -> [R, 1 + k] float32, of the token and the k best, and [R, 1 + k] int64,
         # how many logits rank before the token's and the ids of the best.
         self.logprobs: _Logprobs | None = _optional(backends, "logprobs")

@@ -297,7 +297,7 @@ class SimulatedBackend(Backend):
         self.device.kernel(4.0 * logits.numel())
         return self._pick(logits.shape[0])
 
-    def sample(self, logits: torch.Tensor, wishes: torch.Tensor) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, wishes: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         self.device.kernel(2 * 4.0 * logits.numel())
         return self._pick(logits.shape[0])
 

@@ -49,6 +49,7 @@ class ModelRunner:
         self.graph = graph
         self.after = after
         self.states: list[torch.Tensor] = []  # of the last step, one [T, H] for each of `after`; valid until the next
+        self.positions = torch.empty(0, dtype=torch.int32)  # of its tokens, [T], on the device; valid as long
         self.build_seconds = 0.0  # spent so far on turning rows into batches: the host's cost, not the model's
 
     @torch.inference_mode()
@@ -72,6 +73,7 @@ class ModelRunner:
         self.build_seconds += time.perf_counter() - started
         outputs = self.graph.replay(batch) if self.graph is not None else self.model.forward_states(batch, self.cache, self.after)
         hidden, self.states = outputs[0], outputs[1:]  # [T, H] each
+        self.positions = batch.positions
         if batch.logits_at.shape[0] == hidden.shape[0]:
             return hidden
         return hidden.index_select(0, batch.logits_at)

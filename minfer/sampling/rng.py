@@ -3,14 +3,14 @@
 A generator with state would have to be stored, rolled back with rejected drafts and replayed after a preemption. A
 counter-based one, Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), needs none of
 that: the key is the request's seed, the counter is the number of tokens so far. Philox rather than a shorter hash because
-Triton and CUDA have the same one, so a GPU kernel can draw the very same numbers.
+Triton and CUDA have the same one, so that the op table's `sample` makes the very same numbers where it draws. Here they are made for
+draws that torch composes.
 """
 
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,35 +49,9 @@ def uniforms(seeds: Sequence[int], positions: Sequence[int], stream: int = STREA
     return np.ldexp(bits.astype(np.float64), -53)
 
 
-class UniformsAhead:
-    """`uniforms` for rows that advance step by step: the numbers of a run of positions are made in one go, and kept.
-
-    numpy's cost is in its calls, a hundred of them whatever the number of rows; so they are made for `RUN` positions at a time.
-    """
-
-    RUN = 16
-
-    def __init__(self, capacity: int = 4096) -> None:
-        self._capacity = capacity
-        self._runs: OrderedDict[tuple[int, int], list[float]] = OrderedDict()  # (seed, position // RUN) -> its numbers
-
-    def __call__(self, seeds_and_positions: Iterable[tuple[int, int]]) -> list[float]:
-        runs, size = self._runs, self.RUN
-        places = [((seed, position // size), position % size) for seed, position in seeds_and_positions]
-        missing = [place for place, _ in places if place not in runs]
-        if missing:
-            self._make(list(dict.fromkeys(missing)))
-        numbers = [runs[place][offset] for place, offset in places]
-        while len(self._runs) > self._capacity:
-            self._runs.popitem(last=False)
-        return numbers
-
-    def _make(self, runs: list[tuple[int, int]]) -> None:
-        seeds = [seed for seed, _ in runs for _ in range(self.RUN)]
-        positions = [run * self.RUN + offset for _, run in runs for offset in range(self.RUN)]
-        numbers: list[float] = uniforms(seeds, positions).tolist()
-        for index, key in enumerate(runs):
-            self._runs[key] = numbers[index * self.RUN : (index + 1) * self.RUN]
+def key_words(seed: int) -> tuple[int, int]:
+    """The 32-bit words that a seed's key consists of, the lower one first."""
+    return seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
 
 
 def derive_seed(seed: int | None, index: int = 0) -> int:

@@ -23,11 +23,11 @@ from minfer.sampling.logprobs import RowLogprobs, listed_logprobs, token_logprob
 from minfer.sampling.penalties import Penalties
 from minfer.sampling.processors import BadWords, LogitBias, LogitsProcessor, MinTokens, SamplingRow
 from minfer.sampling.ranking import block_maxima, block_sums, first_argmax, kth_bound, rank
-from minfer.sampling.rng import UniformsAhead
+from minfer.sampling.rng import key_words, uniforms
 from minfer.sampling_params import SamplingParams
 
 _Rows = Sequence[SamplingRow]
-_Draw = Callable[[Tensor, Tensor, Tensor, _Rows, list[float]], Tensor]  # (logits, block maxima, best, rows, uniforms) -> ids [R]
+_Draw = Callable[[Tensor, Tensor, Tensor, _Rows], Tensor]  # (logits, block maxima, best, rows) -> ids [R]
 
 FIRST_CANDIDATES = 64  # what top-p alone looks at first: at usual settings the nucleus is smaller
 
@@ -69,16 +69,17 @@ class _Asked:
     plain: bool  # all want the best token
     edits: bool  # some have biases, bans or penalties
     scored: list[int]  # those that want log-probabilities
-    wishes: Tensor | None  # [S, 5] float64 for the op table's `sample`, without random numbers; None where one wants what it hasn't, or
-    # all want the best token: drafts make such rows anew each step
+    wishes: Tensor | None  # [S, 6] float64 for the op table's `sample`, on the device; None where one wants what it hasn't, or all want
+    # the best token: drafts make such rows anew each step
 
     @staticmethod
-    def by(rows: _Rows, vocab_size: int) -> _Asked:
+    def by(rows: _Rows, vocab_size: int, device: torch.device) -> _Asked:
         params = [row.params for row in rows]
         plain, wishes = all(p.plain for p in params), None
         if not plain and all(p.typical_p >= 1 for p in params):
-            wanted = [(0.0, 0.0 if p.greedy else p.temperature, _top_k(p, vocab_size), p.top_p, p.min_p) for p in params]
-            wishes = torch.tensor(wanted, dtype=torch.float64)
+            filters = [(0.0 if p.greedy else p.temperature, _top_k(p, vocab_size), p.top_p, p.min_p) for p in params]
+            wanted = [(*key_words(row.seed), *asked) for row, asked in zip(rows, filters, strict=True)]
+            wishes = torch.tensor(wanted, dtype=torch.float64).to(device, non_blocking=True)
         return _Asked(
             rows,
             plain=plain,
@@ -103,7 +104,7 @@ class Sampler:
         device: torch.device | str = "cpu",
         processors: Sequence[LogitsProcessor] = (),
         argmax: Callable[[Tensor], Tensor] | None = None,
-        draw: Callable[[Tensor, Tensor], Tensor] | None = None,
+        draw: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
         fetch: Callable[..., Arrival] = fetch,
         score: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
@@ -117,39 +118,39 @@ class Sampler:
         self._draw = draw
         self._fetch = fetch
         self._score = score
-        self._uniforms = UniformsAhead()
-        self._asked = _Asked.by((), vocab_size)  # in the last call
+        self._asked = _Asked.by((), vocab_size, self.device)  # in the last call
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, rows: _Rows) -> SamplerOutput:
         """`draw`, and waits for what was drawn."""
         return self.draw(logits, rows).wait()
 
-    def draw(self, logits: Tensor, rows: _Rows) -> Drawn:
+    def draw(self, logits: Tensor, rows: _Rows, positions: Tensor | None = None) -> Drawn:
         """Picks a token for each row of `logits` [S, V] float32, which is used as working memory and left overwritten.
 
+        `positions` [S] int32: where the newest token of each row stands, one less than `row.position`, if the device has that already.
         To be called in inference mode. Raises `ConfigError` when shape, dtype or device aren't those the sampler was made for.
         """
         self._check(logits, rows)
         if not rows:
             return Drawn(torch.empty(0, dtype=torch.int64, device=logits.device), lambda: SamplerOutput([], [], []))
         if rows != self._asked.rows:  # mostly they are those of the step before
-            self._asked = _Asked.by(rows, self.vocab_size)
+            self._asked = _Asked.by(rows, self.vocab_size, logits.device)
         asked, scored = self._asked, self._asked.scored
         if self._argmax is not None and asked.plain:
             return self._take_the_best(logits, rows, self._argmax)
         raw = _copied(logits, scored) if scored else None
         for processor in self.processors if asked.edits else self._own_processors:
             processor(logits, rows)
-        uniforms = self._uniforms((row.seed, row.position) for row in rows)
         if self._draw is not None and asked.wishes is not None:
-            wishes = asked.wishes.clone()
-            wishes[:, 0] = torch.tensor(uniforms, dtype=torch.float64)
-            tokens = self._draw(logits, wishes)
+            if positions is None:
+                newest = torch.tensor([row.position - 1 for row in rows], dtype=torch.int32)
+                positions = newest.to(logits.device, non_blocking=True)
+            tokens = self._draw(logits, asked.wishes, positions)
         else:
             maxima = block_maxima(logits)
             best = maxima.amax(-1)
-            tokens = torch.where(best.isfinite(), self._pick(logits, maxima, best, rows, uniforms), -1)
+            tokens = torch.where(best.isfinite(), self._pick(logits, maxima, best, rows), -1)
         drawn = tokens.clamp(min=0)
         ks = [rows[index].params.logprobs or 0 for index in scored]
         if raw is not None and self._score is not None:
@@ -172,18 +173,17 @@ class Sampler:
 
         return Drawn(tokens, result)
 
-    def _pick(self, logits: Tensor, maxima: Tensor, best: Tensor, rows: _Rows, uniforms: list[float]) -> Tensor:
+    def _pick(self, logits: Tensor, maxima: Tensor, best: Tensor, rows: _Rows) -> Tensor:
         """[S] int64; any id at all in rows whose `best` isn't finite. May overwrite `logits`."""
         groups: dict[_Draw, list[int]] = {}
         for index, row in enumerate(rows):
             groups.setdefault(self._draw_for(row.params), []).append(index)
         if len(groups) == 1:
-            return next(iter(groups))(logits, maxima, best, rows, uniforms)
+            return next(iter(groups))(logits, maxima, best, rows)
         picked = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
         for draw, group in groups.items():
             at = torch.tensor(group, device=logits.device)
-            own = [rows[index] for index in group], [uniforms[index] for index in group]
-            picked[at] = draw(logits[at], maxima[at], best[at], *own)
+            picked[at] = draw(logits[at], maxima[at], best[at], [rows[index] for index in group])
         return picked
 
     def _draw_for(self, params: SamplingParams) -> _Draw:
@@ -221,18 +221,18 @@ def _copied(values: Tensor, rows: list[int]) -> Tensor:
     return values[torch.tensor(rows).to(values.device, non_blocking=True)]
 
 
-def _argmax(logits: Tensor, maxima: Tensor, best: Tensor, rows: _Rows, uniforms: list[float]) -> Tensor:
+def _argmax(logits: Tensor, maxima: Tensor, best: Tensor, rows: _Rows) -> Tensor:
     return first_argmax(logits, maxima)
 
 
-def _draw_plain(logits: Tensor, maxima: Tensor, best: Tensor, rows: _Rows, uniforms: list[float]) -> Tensor:
-    temperature, uniform = torch.tensor([[row.params.temperature for row in rows], uniforms], dtype=torch.float64).to(logits.device)
+def _draw_plain(logits: Tensor, maxima: Tensor, best: Tensor, rows: _Rows) -> Tensor:
+    temperature, uniform = torch.tensor([[row.params.temperature for row in rows], _uniforms(rows)], dtype=torch.float64).to(logits.device)
     return draw_by_id(weigh(logits, best, temperature), uniform)
 
 
-def _draw_filtered(logits: Tensor, maxima: Tensor, best: Tensor, rows: _Rows, uniforms: list[float]) -> Tensor:
+def _draw_filtered(logits: Tensor, maxima: Tensor, best: Tensor, rows: _Rows) -> Tensor:
     size = logits.shape[1]
-    filters = _filters(rows, uniforms, size, logits.device)
+    filters = _filters(rows, size, logits.device)
     nucleus = [row.params.top_p < 1 and not _top_k(row.params, size) for row in rows]  # top-p's share is of the whole row
     mass = None
     if any(nucleus):
@@ -252,10 +252,14 @@ def _draw_filtered(logits: Tensor, maxima: Tensor, best: Tensor, rows: _Rows, un
     return picked
 
 
-def _filters(rows: _Rows, uniforms: list[float], vocab_size: int, device: torch.device) -> Filters:
+def _uniforms(rows: _Rows) -> list[float]:
+    return uniforms([row.seed for row in rows], [row.position for row in rows]).tolist()  # type: ignore[no-any-return]
+
+
+def _filters(rows: _Rows, vocab_size: int, device: torch.device) -> Filters:
     params = [row.params for row in rows]
     columns = [
-        uniforms,
+        _uniforms(rows),
         [p.temperature for p in params],
         [_top_k(p, vocab_size) or math.inf for p in params],
         [p.top_p if p.top_p < 1 else math.inf for p in params],

@@ -64,14 +64,14 @@ def test_compiled_tables_take_them(name: str, op: str) -> None:
 
 def test_a_draw_asks_for_what_its_name_says(monkeypatch: pytest.MonkeyPatch) -> None:
     ops, seen = Ops([*select_ops(torch.device("cpu"), torch.float32, "reference").backends], torch.float32), {}
-    monkeypatch.setattr(ops, "sample", lambda logits, wishes: seen.setdefault("wishes", wishes))
+    monkeypatch.setattr(ops, "sample", lambda logits, *asked: seen.update(zip(("wishes", "positions"), asked, strict=True)))
     for name, wish in (("greedy", [0, 0, 1, 0]), ("from all", [1, 0, 1, 0]), ("top-k 50", [1, 50, 1, 0]), ("top-p 0.9", [1, 0, 0.9, 0])):
         seen.clear()
         call = case(f"sample, {name}").make(ops)
         assert call is not None
         call()
-        assert seen["wishes"][:, 1:].tolist() == [wish] * 3
-        assert len(seen["wishes"][:, 0].unique()) == 3
+        assert seen["wishes"][:, 2:].tolist() == [wish] * 3
+        assert len(seen["positions"].unique()) == 3
 
 
 def test_libraries_do_the_same_work() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from minfer.sampling.rng import STREAM_SEED, STREAM_TOKEN, UniformsAhead, derive_seed, philox, uniforms
+from minfer.sampling.rng import STREAM_SEED, STREAM_TOKEN, derive_seed, key_words, philox, uniforms
 
 KNOWN = [  # counter, key, result of philox4x32-10
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -54,19 +54,17 @@ def test_uniforms_depend_on_the_pair_alone() -> None:
     assert len(set(together.tolist())) == 5
 
 
-def test_numbers_made_ahead_are_the_same_numbers() -> None:
-    """Rows that advance, come, go and go back, with fewer runs kept than there are rows."""
-    rng, ahead = np.random.default_rng(0), UniformsAhead(capacity=5)
-    positions = rng.integers(0, 100, 12)
-    for _ in range(60):
-        chosen = rng.permutation(12)[: rng.integers(0, 12)]
-        positions[chosen] = np.maximum(positions[chosen] + rng.integers(-3, 9, len(chosen)), 0)
-        pairs = [(int(row) - 3, int(positions[row])) for row in chosen]
-        assert ahead(pairs) == uniforms([seed for seed, _ in pairs], [position for _, position in pairs]).tolist()
-
-
 def test_all_64_bits_of_a_seed_count() -> None:
     assert len({float(uniforms([1 << bit], [0])[0]) for bit in range(64)}) == 64
+
+
+def test_the_words_of_a_key() -> None:
+    for seed in (0, 1, 2**32 - 1, 2**32, 0x123456789ABCDEF0, 2**64 - 1):
+        low, high = key_words(seed)
+        counter = np.array([[9], [0], [STREAM_TOKEN], [0]], dtype=np.uint64)
+        drawn = philox(counter, np.array([[low], [high]], dtype=np.uint64))
+        assert int(uniforms([seed], [9])[0] * 2**32) == drawn[0, 0]
+    assert key_words(-1) == key_words(2**64 - 1) == (2**32 - 1, 2**32 - 1)
 
 
 def test_derived_seeds() -> None:

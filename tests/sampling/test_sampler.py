@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -107,7 +108,7 @@ def test_every_surviving_token_can_be_drawn_and_no_other(params: dict[str, float
     grid = 4096
     rows = [make_row(i, **params) for i in range(grid)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minfer.sampling.rng.UniformsAhead.__call__", lambda self, pairs: [(seed + 0.5) / grid for seed, _ in pairs])
+        patch.setattr("minfer.sampling.sampler.uniforms", lambda seeds, positions: (np.array(seeds) + 0.5) / grid)
         tokens = torch.tensor(sample_once(logits[None].repeat(grid, 1), rows))
     share = torch.bincount(tokens, minlength=vocab).double() / grid
     assert (share - probabilities).abs().max() <= 1.01 / grid
@@ -234,7 +235,7 @@ def test_top_k_past_the_vocabulary_is_no_filter(top_k: int) -> None:
     assert sample_once(logits, rows) == sample_once(logits, wide)
     wishes: list[torch.Tensor] = []
 
-    def draw(logits: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    def draw(logits: torch.Tensor, asked: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         wishes.append(asked)
         return logits.argmax(-1)
 

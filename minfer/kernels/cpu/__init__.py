@@ -71,7 +71,9 @@ class CpuBackend(Backend):
             "ptr t, ptr index, ptr tiles, ptr b, ptr scales, ptr ranks, ptr bounds, ptr y, int lora_tiles, int parts, int rank, "
             "int y_stride, int dtype",
         )
-        self._sample = runtime.op("sample", "ptr logits, ptr wishes, ptr out, int rows, int width, int x_stride")
+        self._sample = runtime.op(
+            "sample", "ptr logits, ptr wishes, ptr positions, ptr out, int rows, int width, int x_stride, int position_dtype"
+        )
         self._likeliest = runtime.op("likeliest", "ptr logits, ptr tokens, ptr chances, int rows, int width, int x_stride")
 
     def prepare(self, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> Weight | str:
@@ -223,12 +225,15 @@ class CpuBackend(Backend):
         self._argmax(self.runtime.ptr(logits), self.runtime.ptr(out), rows, width, _row_stride(logits, "logits"), _code(logits))
         return out
 
-    def sample(self, logits: torch.Tensor, wishes: torch.Tensor) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, wishes: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         rows, width = logits.shape
-        if logits.dtype != torch.float32 or wishes.dtype != torch.float64 or wishes.shape != (rows, 5) or not wishes.is_contiguous():
-            raise ConfigError(f"sample takes float32 logits and float64 wishes [{rows}, 5], not {logits.dtype} and {list(wishes.shape)}")
+        if logits.dtype != torch.float32 or wishes.dtype != torch.float64 or wishes.shape != (rows, 6) or not wishes.is_contiguous():
+            raise ConfigError(f"sample takes float32 logits and float64 wishes [{rows}, 6], not {logits.dtype} and {list(wishes.shape)}")
+        if positions.dtype not in (torch.int32, torch.int64) or positions.shape != (rows,) or not positions.is_contiguous():
+            raise ConfigError(f"positions must be contiguous int32 or int64 [{rows}], not {positions.dtype} {list(positions.shape)}")
         out = self.runtime.empty((rows,), torch.int64)
-        self._sample(*map(self.runtime.ptr, (logits, wishes, out)), rows, width, _row_stride(logits, "logits"))
+        pointers = map(self.runtime.ptr, (logits, wishes, positions, out))
+        self._sample(*pointers, rows, width, _row_stride(logits, "logits"), DTYPES[positions.dtype])
         return out
 
     def likeliest(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,8 +7,9 @@
 // the weight above which enough of the mass lies by halving, each time with one pass over the weights. What passes is
 // sorted, by (logit falling, id rising), and drawn from in that order.
 //
-// A row is one thread's work from end to end, so its token doesn't depend on the rows beside it. Weights are float32, their
-// sums float64. Left out: typical-p, which the sampler does in torch.
+// A row is one thread's work from end to end, so its token doesn't depend on the rows beside it, and the random number that it is
+// drawn with is made of its own seed and position (philox.h). Weights are float32, their sums float64. Left out: typical-p, which the
+// sampler does in torch.
 //
 // `likeliest` is the first of these three with the probability of what it takes, which is what a drafting head wants to know.
 #include <algorithm>
@@ -16,6 +17,7 @@
 #include <limits>
 
 #include "abi.h"
+#include "philox.h"
 #include "pool.h"
 #include "simd.h"
 
@@ -25,9 +27,19 @@ namespace {
 
 struct SampleArgs {
   const float* logits;   // [rows, width], rows x_stride elements apart
-  const double* wishes;  // [rows, 5]: a number in [0, 1), temperature (0: the most likely), top-k (0: all), top-p (1: all), min-p
-  int64_t* out;          // [rows]; -1 where a row has no distribution: a NaN, +inf, or nothing above -inf
-  int64_t rows, width, x_stride;
+  // [rows, 6]: the seed's lower and upper 32 bits, temperature (0: the most likely), top-k (0: all), top-p (1: all), min-p
+  const double* wishes;
+  const void* positions;  // [rows], int32 or int64, of the newest tokens
+  int64_t* out;           // [rows]; -1 where a row has no distribution: a NaN, +inf, or nothing above -inf
+  int64_t rows, width, x_stride, position_dtype;
+};
+
+// The numbers alone that `sample` draws with: what a test compares to the last bit.
+struct UniformsArgs {
+  const double* wishes;
+  const void* positions;
+  double* out;  // [rows]
+  int64_t rows, position_dtype;
 };
 
 struct LikeliestArgs {
@@ -48,6 +60,15 @@ struct Falling {
 struct Rising {
   bool operator()(uint64_t a, uint64_t b) const { return a < b; }
 };
+
+constexpr int64_t kWishes = 6;
+
+// What the token behind the row's newest one is drawn with.
+double uniform_of(const double* wishes, const void* positions, int64_t dtype, int64_t row) {
+  const double* wish = wishes + row * kWishes;
+  const int64_t newest = dtype == kInt64 ? static_cast<const int64_t*>(positions)[row] : static_cast<const int32_t*>(positions)[row];
+  return philox_uniform(static_cast<uint32_t>(wish[0]), static_cast<uint32_t>(wish[1]), static_cast<uint64_t>(newest + 1));
+}
 
 struct Row {
   const float* x;
@@ -72,9 +93,9 @@ struct Row {
     copy = maxima + blocks;
   }
 
-  void ask(const double* wish) {
-    uniform = wish[0], temperature = wish[1], top_p = wish[3], min_p = wish[4];
-    top_k = wish[2] < static_cast<double>(width) ? static_cast<int64_t>(wish[2]) : 0;
+  void ask(const double* wish, double number) {
+    uniform = number, temperature = wish[2], top_p = wish[4], min_p = wish[5];
+    top_k = wish[3] < static_cast<double>(width) ? static_cast<int64_t>(wish[3]) : 0;
   }
 
   int64_t entries(int64_t block) const { return std::min(kBlock, width - block * kBlock); }
@@ -258,9 +279,13 @@ void sample(const SampleArgs& a, Pool& pool) {
   const int64_t bytes = scratch_bytes(a.width);
   pool.parallel_for(a.rows, [&](int64_t index, int worker) {
     Row row(a.logits + index * a.x_stride, a.width, pool.scratch(worker, bytes));
-    row.ask(a.wishes + index * 5);
+    row.ask(a.wishes + index * kWishes, uniform_of(a.wishes, a.positions, a.position_dtype, index));
     a.out[index] = row.token();
   });
+}
+
+void uniforms(const UniformsArgs& a, Pool&) {
+  for (int64_t row = 0; row < a.rows; ++row) a.out[row] = uniform_of(a.wishes, a.positions, a.position_dtype, row);
 }
 
 void likeliest(const LikeliestArgs& a, Pool& pool) {
@@ -277,7 +302,7 @@ void likeliest(const LikeliestArgs& a, Pool& pool) {
 }  // namespace
 
 MINFER_OPS(sample)
-MINFER_OP(sample, SampleArgs), MINFER_OP(likeliest, LikeliestArgs), MINFER_OPS_END
+MINFER_OP(sample, SampleArgs), MINFER_OP(uniforms, UniformsArgs), MINFER_OP(likeliest, LikeliestArgs), MINFER_OPS_END
 
 }  // namespace MINFER_ISA
 }  // namespace minfer

@@ -152,7 +152,9 @@ CASES: dict[str, Case] = {
     "rms_norm, rounded to int8": _rounded_norm,
     "act_mul, rounded to int8 in 128s": _rounded_activation,
     "argmax": lambda backend: backend.argmax(meta(64, 128256, dtype=torch.float32)),
-    "sample": lambda backend: backend.sample(meta(64, 128256, dtype=torch.float32), meta(64, 5, dtype=torch.float64)),
+    "sample": lambda backend: backend.sample(
+        meta(64, 128256, dtype=torch.float32), meta(64, 6, dtype=torch.float64), meta(64, dtype=torch.int32)
+    ),
     "logprobs": lambda backend: backend.logprobs(meta(64, 128256, dtype=torch.float32), meta(64, dtype=torch.int64), 20),
     "forbid": lambda backend: backend.forbid(meta(64, 128256, dtype=torch.float32), meta(64, 4008, dtype=torch.int32)),
     "embedding": lambda backend: backend.prepare(meta(128256, 4096), DTYPE).embedding(meta(64, dtype=torch.int32)),  # type: ignore[union-attr]

@@ -21,14 +21,14 @@ more than ROOM, the row itself is searched: the same answer, after some seventy 
 
 Bytes: 4 S V read, once, by all processors together; S V / 8 written and read. Operations: one exponential a logit at most.
 
-The number u comes from the host with the row's other wishes: Philox of the request's seed and position (`sampling/rng.py`), made for 16
-positions at a time while the device computes. So a draw is the token that every other backend draws, but for the rounding of sums.
+The number u is made here: Philox of the request's seed and position (`sampling/rng.py`), to the bit what every other backend makes of them,
+so a draw is the token that they draw, but for the rounding of sums. What a row wishes, its seed included, stays the same from step to step;
+the positions are mostly those that the model itself was given. So nothing is made or sent for a step whose rows are those of the last one.
 
 Tried: one program a row that reads it three times, maximum, total, candidates (which needs no second launch): compacting candidates is a
 running sum over every tile, 1400 instructions for 4096 logits (sm_90), where here only the few blocks that hold candidates pay that.
 
-Left out: typical-p, which the sampler does in torch. Making u here: `tl.philox` gives the host's numbers to the bit, but a row's seed and
-position would have to come from the host in its place, as many bytes, until a position advances on the device.
+Left out: typical-p, which the sampler does in torch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import triton
 import triton.language as tl
 
 from minfer.errors import ConfigError
-from minfer.kernels.triton.checks import power_of_2, row_stride
+from minfer.kernels.triton.checks import index, on_device, power_of_2, row_stride, shaped
 from minfer.kernels.triton.ranks import (
     BLOCK,
     LAST,
@@ -61,7 +61,7 @@ ROOM = 4096  # candidates of a row
 TILE = 1024  # of them at a time
 BLOCKS_EACH = 64  # what a program of the first launch reads
 _BLOCK = tl.constexpr(BLOCK)
-_WISHES = tl.constexpr(5)
+_WISHES = tl.constexpr(6)
 _FAINTEST = tl.constexpr(1e-37)  # a weight below what float32 holds well is never drawn
 
 
@@ -81,7 +81,7 @@ def blocks_kernel(x_ptr, wishes_ptr, maxima_ptr, sums_ptr, x_stride, width, bloc
 
 @triton.jit
 def draw_kernel(
-    x_ptr, wishes_ptr, maxima_ptr, sums_ptr, out_ptr, blocks_ptr, values_ptr, ids_ptr, x_stride, width, blocks,
+    x_ptr, wishes_ptr, positions_ptr, maxima_ptr, sums_ptr, out_ptr, blocks_ptr, values_ptr, ids_ptr, x_stride, width, blocks,
     BLOCKS: tl.constexpr, ROOM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """BLOCKS: `blocks` rounded up to a power of two. blocks_ptr [S, BLOCKS], values_ptr and ids_ptr [S, ROOM] are scratch."""
@@ -90,7 +90,6 @@ def draw_kernel(
     blocks_ptr += row * BLOCKS
     values_ptr += row * ROOM
     ids_ptr += row * ROOM
-    uniform_ptr = wishes_ptr + row * _WISHES  # read where it is used: held from here on it would be spilled on sm_90
     temperature, top_k, top_p, min_p = _wishes_of(wishes_ptr, row, width)
     block = tl.arange(0, BLOCKS)
     maxima = tl.load(maxima_ptr + row * blocks + block, mask=block < blocks, other=float("-inf"))
@@ -116,9 +115,11 @@ def draw_kernel(
                 whole = mass_from(values_ptr, count, least, best, inverse, TILE) < top_p * total
             if whole:
                 values_ptr, count, low = x_ptr, tl.full((), width, tl.int32), tl.full((), LEAST, tl.int64)
-            token = _draw_by_rank(values_ptr, ids_ptr, whole, count, low, best, inverse, uniform_ptr, top_k, top_p, min_p, total, TILE)
+            token = _draw_by_rank(
+                values_ptr, ids_ptr, whole, count, low, best, inverse, wishes_ptr, positions_ptr, top_k, top_p, min_p, total, TILE
+            )
         else:
-            target = tl.load(uniform_ptr) * total
+            target = uniform_of(wishes_ptr, positions_ptr) * total
             place, before = _passing(mass, target)
             at = place * _BLOCK + tl.arange(0, _BLOCK)
             x = tl.load(x_ptr + at, mask=at < width, other=float("-inf"))
@@ -129,11 +130,26 @@ def draw_kernel(
 
 @triton.jit
 def _wishes_of(wishes_ptr, row, width):
-    """Temperature, top-k (0: all), top-p, min-p: all but u."""
+    """Temperature, top-k (0: all), top-p, min-p: all but the seed."""
     wishes_ptr += row * _WISHES
-    asked_k = tl.load(wishes_ptr + 2)
+    asked_k = tl.load(wishes_ptr + 3)
     top_k = tl.where(asked_k < width, asked_k, 0.0).to(tl.int32)
-    return tl.load(wishes_ptr + 1), top_k, tl.load(wishes_ptr + 3), tl.load(wishes_ptr + 4)
+    return tl.load(wishes_ptr + 2), top_k, tl.load(wishes_ptr + 4), tl.load(wishes_ptr + 5)
+
+
+@triton.jit
+def uniform_of(wishes_ptr, positions_ptr):
+    """[0, 1), a multiple of 2^-53, float64: what the token behind the newest one of this program's row is drawn with.
+
+    It is made where it is used, from arguments of the kernel: held till then, even the two pointers would be spilled on sm_90.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    wishes_ptr += row * _WISHES
+    seed = tl.load(wishes_ptr).to(tl.uint64) | (tl.load(wishes_ptr + 1).to(tl.uint64) << 32)
+    position = tl.load(positions_ptr + row).to(tl.int64) + 1
+    zero = tl.full((), 0, tl.int32)
+    first, second, _, _ = tl.philox(seed, position.to(tl.int32), (position >> 32).to(tl.int32), zero, zero)
+    return ((first.to(tl.uint64) << 21) ^ (second.to(tl.uint64) >> 11)).to(tl.float64) * (2.0**-53)
 
 
 @triton.jit
@@ -171,7 +187,9 @@ def _least_key(maxima, best, temperature, top_k, top_p, min_p, blocks):
 
 
 @triton.jit
-def _draw_by_rank(values_ptr, ids_ptr, whole, count, key, best, inverse, uniform_ptr, top_k, top_p, min_p, total, TILE: tl.constexpr):
+def _draw_by_rank(
+    values_ptr, ids_ptr, whole, count, key, best, inverse, wishes_ptr, positions_ptr, top_k, top_p, min_p, total, TILE: tl.constexpr
+):  # fmt: skip
     """Among the candidates, all of which are above `key`. total: what top-p takes its share of, where there is no top-k.
 
     From here on kept are the candidates above `key`, and those `ties` at it that have the lowest ids.
@@ -201,7 +219,7 @@ def _draw_by_rank(values_ptr, ids_ptr, whole, count, key, best, inverse, uniform
         ties = count
     above = mass_from(values_ptr, count, key + 1, best, inverse, TILE)
     ties = tl.minimum(ties, _level(values_ptr, count, key, TILE))
-    target = tl.load(uniform_ptr) * (above + ties * _weight(key, best, inverse))
+    target = uniform_of(wishes_ptr, positions_ptr) * (above + ties * _weight(key, best, inverse))
     drawn = key_by_mass(values_ptr, count, target, key, top, best, inverse, True, TILE)
     level = tl.where(drawn == key, ties, _level(values_ptr, count, drawn, TILE))
     rest = target - mass_from(values_ptr, count, drawn + 1, best, inverse, TILE)
@@ -222,20 +240,22 @@ def _level(values_ptr, count, key, TILE: tl.constexpr):
     return count_from(values_ptr, count, key, TILE) - count_from(values_ptr, count, key + 1, TILE)
 
 
-def sample(logits: torch.Tensor, wishes: torch.Tensor) -> torch.Tensor:
-    """`Ops.sample`: logits[S, V] float32, wishes[S, 5] float64, on any device, -> tokens[S] int64; -1 where a row has no distribution."""
+def sample(logits: torch.Tensor, wishes: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """`Ops.sample`: logits[S, V] float32, wishes[S, 6] float64, positions[S] int -> tokens[S] int64; -1 where a row has no distribution."""
     stride, (rows, width) = row_stride("logits", logits), logits.shape
-    if logits.dtype != torch.float32 or wishes.dtype != torch.float64 or wishes.shape != (rows, 5):
-        raise ConfigError(f"sample takes float32 logits and float64 wishes [{rows}, 5], not {logits.dtype} and {list(wishes.shape)}")
+    if logits.dtype != torch.float32 or wishes.dtype != torch.float64 or wishes.shape != (rows, 6) or not wishes.is_contiguous():
+        raise ConfigError(f"sample takes float32 logits and float64 wishes [{rows}, 6], not {logits.dtype} and {list(wishes.shape)}")
+    shaped("positions", positions, rows)
+    index("positions", positions, logits, torch.int32, torch.int64)
+    on_device("wishes", wishes, logits)
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows:
-        wishes = wishes.to(logits.device, non_blocking=True).contiguous()
         blocks = triton.cdiv(width, BLOCK)
         maxima, sums = torch.empty((2, rows, blocks), dtype=torch.float32, device=logits.device)
         scratch, sizes = candidates(rows, blocks, logits.device)
         grid = (rows, triton.cdiv(blocks, BLOCKS_EACH))
         blocks_kernel[grid](logits, wishes, maxima, sums, stride, width, blocks, COUNT=BLOCKS_EACH, num_warps=4)
-        draw_kernel[(rows,)](logits, wishes, maxima, sums, out, *scratch, stride, width, blocks, **sizes, num_warps=8)
+        draw_kernel[(rows,)](logits, wishes, positions, maxima, sums, out, *scratch, stride, width, blocks, **sizes, num_warps=8)
     return out
 
 
