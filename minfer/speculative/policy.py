@@ -35,6 +35,7 @@ from dataclasses import dataclass
 FORGET = 0.97  # weight of an observation after the next one
 OUTLIER = 3.0  # times what was expected: more is the machine's doing, and counts as this much
 DEAREST = 2.0  # tokens' worth that a draft's check may count for: one step that the machine held up mustn't end drafting for long
+CHEAPEST = 0.1  # tokens' worth that it is expected to cost at least, when what is more than expected counts as the machine's doing
 PRIOR, PRIOR_WEIGHT = 0.6, 2.0  # acceptance before anything is known, and how many drafts a new request's first guess is worth
 REMEMBER, REMEMBER_ALL = 0.85, 0.98  # weight of a verified draft after the next one, of one request and of all
 MARGIN = 1.15  # what a draft must promise over its cost: estimates err, and plain decoding doesn't
@@ -107,7 +108,10 @@ class StepCosts:
         plain = self.plain(num_sequences)
         if not plain:  # a step of another size than it was drafted for: there is nothing to compare with
             return 0.0
-        longer = min(seconds - plain, DEAREST * num_drafts * plain / num_sequences)
+        worth = num_drafts * plain / num_sequences
+        longer = min(seconds - plain, DEAREST * worth)
+        if self.checking:
+            longer = min(longer, OUTLIER * max(self.checking.at(num_drafts), CHEAPEST * worth))
         self.checking.observe(num_drafts, longer)
         self.most = max(self.most, num_drafts)
         return longer
