@@ -211,7 +211,9 @@ def test_the_page_is_made_from_the_results() -> None:
     assert PAGE.read_text() == render(list(FAMILIES.values()), load(""), load("-before"))
 
 
-@pytest.mark.parametrize(("family", "case"), [("attention", "decode, 1 x 4096"), ("linear", "llama3.1-8b, bf16, 1 row")])
+@pytest.mark.parametrize(
+    ("family", "case"), [("attention", "decode, 1 x 4096"), ("linear", "llama3.1-8b, bf16, 1 row"), ("moe", "3b, int4, 1 token")]
+)
 def test_the_committed_prediction_is_what_the_code_gives(family: str, case: str) -> None:
     """One case, compiled again: the committed file is of today's kernels and of today's model."""
     committed = json.loads((RESULTS / f"predicted-{family}.json").read_text())

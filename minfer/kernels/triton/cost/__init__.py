@@ -9,6 +9,7 @@ What it starts from is the machine code that the GPU would run (`aot` makes it),
     predict    how many programs fit, how long each takes at that crowding, and how the grid is spread over the processors
     attention  the calls of the attention family, and how much work is in each launch: a table
     linear     the same for products with quantised matrices
+    moe        the same for mixtures of experts
     step       a whole step against the sum of its kernels
     report     results/gpu/predicted-FAMILY.json, and docs/performance-gpu.md out of all of those
 

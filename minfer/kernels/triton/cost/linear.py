@@ -24,7 +24,7 @@ from minfer.quant import PackedWeight, QuantScheme
 from minfer.quant.elements import LISTED, Element
 
 _DEVICES = ("H100 SXM", "H200 SXM", "MI300X")
-_FILL = 3  # hits of L2, about what the first copy of a pipeline takes to come from memory
+FILL = 3  # hits of L2, about what the first copy of a pipeline takes to come from memory
 _Matrix = torch.Tensor | PackedWeight
 
 
@@ -115,7 +115,7 @@ def _tiles(launch: Launch, steps: int, rows: int, width: float, x_bytes: int, un
     out = rows * n * (4 * splits if splits > 1 else 2)
     turns = [(count,) for count in _runs(steps, splits) for _ in range(row_blocks * column_blocks)]
     moved, weights = int(matrix) + rows * k * x_bytes + out, size["BLOCK_N"] * -(-k // steps)
-    return Work(turns, moved, matrix / loaded, 2 * rows * n * k, unit, _FILL, weights, repeated / loaded)
+    return Work(turns, moved, matrix / loaded, 2 * rows * n * k, unit, FILL, weights, repeated / loaded)
 
 
 def _few_rows(launch: Launch, rows: int, width: float, unit: str) -> Work:
@@ -126,7 +126,7 @@ def _few_rows(launch: Launch, rows: int, width: float, unit: str) -> Work:
     turns = [(-(-size["CHUNKS"] // size["TILE"]),)] * launch.grid[0]
     near = x * (1 - rows / size["BLOCK_M"]) / (matrix + x)
     weights = size["BLOCK_N"] * size["TILE"] * size["RUN"] * size["PARTS"]
-    return Work(turns, int(matrix) + 2 * rows * (n + k), matrix / (matrix + x), 2 * rows * n * k, unit, _FILL, weights, near)
+    return Work(turns, int(matrix) + 2 * rows * (n + k), matrix / (matrix + x), 2 * rows * n * k, unit, FILL, weights, near)
 
 
 def _gemm_codes(launch: Launch, rows: int, width: float, unit: str) -> Work:

@@ -135,7 +135,8 @@ def _crowd(code: Code, work: Work, device: Device, resident: int, programs: int)
     port = device.l2_port / quarters
     memory, l2 = (min(port, rate / device.clock / parts) for rate in (device.read_bandwidth, device.l2_bandwidth))
     share = Share(memory, l2, work.cold, work.near)
-    outside = Share(share.memory, share.l2, 0.0 if code.loops else work.cold)  # what stands before a loop was just written, and small
+    # What stands before a loop was just written, and small; where there is no loop, a compiler may have written its turns out.
+    outside = Share(share.memory, share.l2, 0.0) if code.loops else share
     before = simulate(code.before, device, outside, warps, 1)
     around = before.cycles + simulate(code.after, device, outside, warps, 1).cycles + work.searches * device.l2_latency
     return _Crowd([simulate(loop, device, share, warps) for loop in code.loops], around, before)
