@@ -1,8 +1,8 @@
 """`Source`: one proposer, with what is known of it: how often its drafts are right, what they cost to make, and whether it sleeps.
 
-To look at a step costs, too: a step takes milliseconds, and what Python does beside it a percent or two of that. So where drafts don't pay
-and the account has no time for finding out whether they do by now, a proposer that guesses from the target's states doesn't see steps of
-nothing but newest tokens until it has. Others look always: a text that begins to repeat itself is worth more than that.
+To look at a step costs, too: a step takes milliseconds, and what Python does beside it several percent of that. So where drafts don't pay
+and the account has no time for finding out whether they do by now, a proposer isn't asked until it has, nor does it see steps of nothing
+but newest tokens until then, or until `LOOK_BACK` steps before where it guesses from the target's states.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Source:
         told = [self.proposer.tells_chances and request.params.greedy for request in requests]
         counts, self._bar = draft_lengths(rates, costs, limit, held, batch, told)
         plain = costs.plain(batch)
-        if self._look_back and plain > 0 and not any(counts):
+        if plain > 0 and not any(counts):
             missing = probe_price(costs, batch) + self._look_back * self._following - held
             self.asleep = self._look_back + min(LONGEST_SLEEP, int(missing / (SHARE * plain)) + 1) if missing > 0 else 0
         return counts
