@@ -33,9 +33,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 FORGET = 0.97  # weight of an observation after the next one
+FORGET_PLAIN = 0.87  # the same of steps without drafts, which are few where drafts pay, and tell what they are held against
 OUTLIER = 3.0  # times what was expected: more is the machine's doing, and counts as this much
 DEAREST = 2.0  # tokens' worth that a draft's check may count for: one step that the machine held up mustn't end drafting for long
-CHEAPEST = 0.1  # tokens' worth that it is expected to cost at least, when what is more than expected counts as the machine's doing
+# What checks of a step are expected to take at least, in plain steps or tokens' worth for each: far more counts as the machine's doing.
+CHEAPEST = 0.1
 PRIOR, PRIOR_WEIGHT = 0.6, 2.0  # acceptance before anything is known, and how many drafts a new request's first guess is worth
 REMEMBER, REMEMBER_ALL = 0.85, 0.98  # weight of a verified draft after the next one, of one request and of all
 MARGIN = 1.15  # what a draft must promise over its cost: estimates err, and plain decoding doesn't
@@ -47,9 +49,10 @@ PLAIN_EVERY = 32  # steps, of which one has no drafts, to compare with
 
 
 class Line:
-    """Least squares of seconds over a count, with exponential forgetting."""
+    """Least squares of seconds over a count. `forget`: the weight of an observation after the next one."""
 
-    def __init__(self) -> None:
+    def __init__(self, forget: float = FORGET) -> None:
+        self._forget = forget
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
         self.slope: float | None = None  # unknown while one count only was seen; after that the last one known
         self.varied = False  # whether what is remembered has more than one count
@@ -59,11 +62,11 @@ class Line:
         return self._weight > 0
 
     def observe(self, count: int, seconds: float) -> None:
-        self._weight = self._weight * FORGET + 1
-        self._x = self._x * FORGET + count
-        self._y = self._y * FORGET + seconds
-        self._xx = self._xx * FORGET + count**2
-        self._xy = self._xy * FORGET + count * seconds
+        self._weight = self._weight * self._forget + 1
+        self._x = self._x * self._forget + count
+        self._y = self._y * self._forget + seconds
+        self._xx = self._xx * self._forget + count**2
+        self._xy = self._xy * self._forget + count * seconds
         mean = self._x / self._weight
         variance = self._xx / self._weight - mean**2
         self.varied = variance > 0.01
@@ -94,7 +97,7 @@ class StepCosts:
     """Of steps of about one size: seconds without drafts by number of sequences; how much longer drafts make them, by number of drafts."""
 
     def __init__(self) -> None:
-        self.without, self.checking = Line(), Line()
+        self.without, self.checking = Line(FORGET_PLAIN), Line()
         self.most = 0  # drafts that were checked in one step
         self._warm = False
 
@@ -111,7 +114,7 @@ class StepCosts:
         worth = num_drafts * plain / num_sequences
         longer = min(seconds - plain, DEAREST * worth)
         if self.checking:
-            longer = min(longer, OUTLIER * max(self.checking.at(num_drafts), CHEAPEST * worth))
+            longer = min(longer, OUTLIER * max(self.checking.at(num_drafts), CHEAPEST * max(plain, worth)))
         self.checking.observe(num_drafts, longer)
         self.most = max(self.most, num_drafts)
         return longer
