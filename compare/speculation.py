@@ -231,6 +231,7 @@ def tables() -> str:
     """All parts that have been measured."""
     parts = []
     for part, show in (
+        ("heads", heads_table),
         ("texts", texts_table),
         ("batches", batches_table),
         ("peers", speculation_peers.table),
@@ -240,6 +241,19 @@ def tables() -> str:
         if file is not None:
             parts.append(show(json.loads(file.read_text())))
     return "\n".join(parts)
+
+
+def heads_table(results: dict[str, Any]) -> str:
+    """Of the trainings that led to the head of the other tables: nothing here measures them, each is what its command printed."""
+    lines = [
+        f"Trainings of a head for {results['model']}, each from the one before; the last is the head below.",
+        "",
+        "| training | held-out drafts right to depth 1, 2, ... |",
+        "|---|---|",
+    ]
+    for run in results["runs"]:
+        lines.append(f"| `{run['command']}` | {', '.join(f'{share:.0%}' for share in run['held_out_acceptance'])} |")
+    return "\n".join(lines) + "\n"
 
 
 def texts_table(results: dict[str, Any]) -> str:

@@ -51,14 +51,17 @@ def train_draft(
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: the physical cores).", min=1)] = None,
 ) -> None:
     """Train a drafting head on the model's own answers; use it with --speculative draft --draft-model DIR."""
+    from minfer.loader.heads import read_head
     from minfer.training import KINDS, Recipe, publish, read_published, train
 
     if kind not in KINDS:
         raise ConfigError(f"--kind must be one of {', '.join(KINDS)}, not {kind!r}")
     if start_from is not None and draft_vocab is not None:
         raise ConfigError("--draft-vocab can't be given with --start-from: a head keeps the ids that it can guess")
-    if start_from is not None:
-        read_published(start_from)  # before the answers are made, which takes long
+    if start_from is not None:  # before the answers are made, which takes long
+        read_published(start_from)
+        if (made := read_head(start_from).config.kind) != kind:
+            raise ConfigError(f"--start-from {start_from} is a head of the kind {made}, and --kind asks for {kind}")
     known: Any = kind
     folder = out / "training"
     started = time.monotonic()

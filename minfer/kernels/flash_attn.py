@@ -18,8 +18,8 @@ Where there is no GPU, what is proven is that these arguments mean what the refe
 (`tests/kernels/flash_attn_standin.py`) takes them literally.
 
 Left out: sinks and drafts that branch, which it has no arguments for; reading a shared prefix once; FlashAttention-3, a package of another
-name that takes blocks of any size; AMD's port. No extra of ours names the package,
-because it has to be built for the torch that it meets.
+name that takes blocks of any size; AMD's port. No extra of ours names the package, because it has to be built for the torch that
+it meets.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 The state is the target's where it has been computed, and the head's own last output behind that. What EAGLE-1 calls the state is
 what the target's head sees (after the last norm); EAGLE-3's are streams between layers. (Li et al., arXiv 2401.15077, 2503.01840.)
 
-EAGLE-3's computes through ops alone, where `norm_pair` is one, and so can be recorded.
+EAGLE-3's layer computes through ops alone, where `norm_pair` is one, and so can be recorded.
 """
 
 from __future__ import annotations

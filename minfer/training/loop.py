@@ -115,13 +115,14 @@ def _new_head(target: Target, recipe: Recipe, shards: Sequence[Path]) -> Head:
         return KINDS[recipe.kind](target, vocabulary, recipe.depth)
     tensors, vocabulary = read_published(recipe.start_from)
     wrong = f"{recipe.start_from} is no {recipe.kind} head of depth {recipe.depth} for this model"
-    if int(vocabulary.max()) >= target.config.vocab_size:
-        raise ConfigError(f"{wrong}: it guesses token {int(vocabulary.max())} of a vocabulary of {target.config.vocab_size}")
+    if not len(vocabulary) or int(vocabulary.min()) < 0 or int(vocabulary.max()) >= target.config.vocab_size:
+        raise ConfigError(f"{wrong}: it guesses from tokens that are not of a vocabulary of {target.config.vocab_size}")
     head = KINDS[recipe.kind](target, vocabulary, recipe.depth)
-    try:
-        head.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ConfigError(f"{wrong}: {' '.join(str(error).split())}") from error
+    wanted, found = ({name: list(tensor.shape) for name, tensor in held.items()} for held in (head.state_dict(), tensors))
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise ConfigError(f"{wrong}: its {name} is {found.get(name, 'missing')}, and should be {wanted.get(name, 'missing')}")
+    head.load_state_dict(tensors)
     return head
 
 

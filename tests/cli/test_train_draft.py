@@ -103,7 +103,12 @@ def test_a_head_made_before_is_where_another_training_starts(
     assert "a head keeps the ids that it can guess" in capsys.readouterr().err
     other = "medusa" if kind == "eagle3" else "eagle3"
     assert run(["train-draft", str(model), "--out", str(tmp_path / "second"), *flags, *start, "--kind", other]) == 2
-    assert f"first is no {other} head of depth 3 for this model" in capsys.readouterr().err
+    assert f"first is a head of the kind {kind}, and --kind asks for {other}" in capsys.readouterr().err
+    if kind == "medusa":
+        assert run(["train-draft", str(model), "--out", str(tmp_path / "fourth"), *flags, *start, "--depth", "2"]) == 2
+        said = capsys.readouterr().err
+        assert "first is no medusa head of depth 2 for this model: its blocks.2.layers.0.bias is [" in said
+        assert "and should be missing" in said
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,8 @@ def test_the_page_is_made_of_stored_figures() -> None:
     pairs = [{"seconds": 1.0, "tokens": 110 * n, "plain_seconds": 2.0, "plain_tokens": 200 * n} for n in (1, 2)]
     results["runs"] = [{"batch": batch, "variant": "ngram", "pairs": pairs} for batch in (32, 1)]
     assert "| 32 | 150 | 165 | 1.100x (1.100 to 1.100, 2 pairs) |" in speculation.batches_table(results)
+    heads = {"model": "m", "runs": [{"command": "train", "held_out_acceptance": [0.663, 0.42]}]}
+    assert "| `train` | 66%, 42% |" in speculation.heads_table(heads)
     rates = [
         {"rate": rate, "tokens_per_s": n * 7.0, "tokens_a_step": 1.0 if rate is None else 1.9} for n in (1, 3, 2) for rate in (None, 0.5)
     ]

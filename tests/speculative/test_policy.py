@@ -76,6 +76,14 @@ def test_a_step_with_drafts_is_charged_what_it_took_longer() -> None:
     assert costs.steps.ran(1, 1, 2.9e-3) == pytest.approx(-1e-4), "noise evens out"
 
 
+def test_steps_with_drafts_are_held_against_recent_ones_without() -> None:
+    """A text's first steps are slow, where memory is touched for the first time, or fast, where there is little context."""
+    costs = model_of((20e-3, 0.0), None, sizes=[1] * 20)
+    for _ in range(10):
+        costs.steps.ran(1, 0, 12e-3)
+    assert costs.plain(1) < 1.2 * 12e-3
+
+
 def test_prices_survive_a_long_time_without_drafts() -> None:
     costs = model_of((3e-3, 0.0), (0.0, 2e-4))
     for _ in range(2000):
@@ -101,6 +109,8 @@ def test_a_step_that_the_machine_held_up_counts_as_a_slow_one() -> None:
     assert costs.steps.ran(1, 2, 60.0) == pytest.approx(OUTLIER * 4e-4), "what checks take is known by now"
     costs = model_of((1e-3, 0.0), (0.0, 0.0))
     assert costs.steps.ran(1, 2, 60.0) == pytest.approx(OUTLIER * CHEAPEST * 2e-3)
+    costs = model_of((32e-3, 0.0), (0.0, 0.0), sizes=(32,))
+    assert costs.steps.ran(32, 4, 38e-3) == pytest.approx(6e-3), "that a step with drafts is another kind of step is no hiccup"
     costs.made(1, 1e-3)
     costs.made(1, 60.0)
     assert costs.making.at(1) < 2.1e-3
@@ -344,6 +354,18 @@ def test_where_drafts_do_not_pay_most_steps_go_by_unseen(monkeypatch: pytest.Mon
     assert 5 < len(probes) < 40
     for probe in probes[1:]:  # the step before a guess, which the guess belongs to, and those before that
         assert machine.seen[probe - LOOK_BACK : probe] == ["step"] * LOOK_BACK
+    assert machine.run(speculation, 1, 0.95, 2000) < 0.85 * 2000 * 3.2e-3, "a change for the better is found out"
+
+
+def test_a_proposer_that_looks_at_no_states_is_not_asked_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking costs a step several percent of its time, whoever is asked."""
+    machine = Machine((3e-3, 2e-4), (1e-3, 5e-4), seed=1)
+    monkeypatch.setattr("minfer.speculative.source.time", SimpleNamespace(perf_counter=machine.perf_counter))
+    speculation = Speculation([machine], 8)
+    machine.run(speculation, 1, 0.0, 200)
+    machine.seen.clear()
+    machine.run(speculation, 1, 0.0, 2000)
+    assert machine.seen.count("step") < 200
     assert machine.run(speculation, 1, 0.95, 2000) < 0.85 * 2000 * 3.2e-3, "a change for the better is found out"
 
 
